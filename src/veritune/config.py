@@ -1,0 +1,261 @@
+"""Every setting, declared once: frozen, validated, unknown keys refused.
+
+A run file is TOML with these tables: `[data]`, `[model]`, `[prompt]`, `[lora]`, `[train]`, `[validation]`,
+`[checkpoint]`. Flags override it under the same names (`--train.lr 1e-4`). What a key means stands under it here and
+is what `veritune train --help` prints.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .errors import ConfigError, MissingError
+
+T = TypeVar("T")
+STRICT = ConfigDict(extra="forbid", validate_default=False)
+
+INSTRUCTION = (
+    "Check the solution to the math problem step by step. Answer {true} if its final answer is correct, "
+    "otherwise answer {false}."
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    """What to train on."""
+
+    path: str = "prepared"
+    """The prepared dataset: a folder that `veritune prepare` wrote."""
+    rows: int | None = Field(default=None, ge=1)
+    """Train on the first N rows of the prepared order (drawn evenly by label); all of them by default."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """The base model, whose weights stay frozen."""
+
+    path: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A hub id, a folder with weights and tokenizer, or a .gguf file."""
+    base: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    """How the frozen weights are held. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4-bit with double quantisation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run. auto: a CUDA GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Prompt:
+    """The words around a question and its solution. They are stored with the adapter; scoring can use no others."""
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's own chat template. plain: plain text, for base models. auto: chat if there is one."""
+    instruction: str = Field(default=INSTRUCTION, min_length=1)
+    """What the model is told to do; {true} and {false} stand for the two answer words."""
+    answers: tuple[str, str] = ("True", "False")
+    """The answer words for a correct and an incorrect solution: each one token, and different."""
+    max_length: int = Field(default=2048, ge=64)
+    """Tokens a row may have. A longer solution loses its middle, never its end or the label."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Lora:
+    """The low-rank adapter, the only weights that are trained (Hu et al. 2021)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank r of the update B·A."""
+    alpha: float = Field(default=32, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """The projections that get an adapter, by the end of their name."""
+
+
+Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "lion_8bit"]
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "constant", "wsd"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Train:
+    """How the adapter is trained."""
+
+    lr: float = Field(default=2e-4, gt=0)
+    """The highest learning rate of the schedule."""
+    optimizer: Optimizer = "adamw_torch"
+    """adamw_torch keeps 32-bit state; the 8-bit ones come from bitsandbytes; paged state moves to the host if needed."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after warm-up. wsd: constant, then linear to 0 over the last `decay_ratio`."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """The part of all steps over which the learning rate rises from 0."""
+    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    """wsd: the part of all steps over which the learning rate falls to 0."""
+    restarts: int = Field(default=2, ge=1)
+    """cosine_with_restarts: how many times the cosine runs."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient's norm is clipped to this."""
+    batch_size: int = Field(default=16, ge=1)
+    """Examples in one accumulation of a step."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Accumulations in a step: a step has batch_size x gradient_accumulation examples."""
+    per_question: int = Field(default=8, ge=1)
+    """Solutions of one question that stand in a step together, with both labels where it has both; 1: rows drawn
+    independently. More share more tokens, so a step is cheaper, and a right beside a wrong solution teaches more."""
+    epochs: float = Field(default=1.0, gt=0)
+    """How often each row is shown."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more work."""
+    micro_batch_tokens: int | None = Field(default=None, ge=64)
+    """Tokens computed at once; memory grows with it, the result does not depend on it. Default: 16384 on a GPU,
+    2048 on a CPU."""
+    seed: int = 0
+    """Decides the order of rows, the adapter's first weights and dropout."""
+    start_from: str | None = None
+    """An adapter folder to start from (its rank, alpha and targets must be those of [lora])."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Validation:
+    """How often the adapter is measured while it trains."""
+
+    every: int = Field(default=200, ge=1)
+    """Steps between two validations; there is always one at the end."""
+    rows: int | None = Field(default=1000, ge=1)
+    """Use at most N validation rows, of whole questions (the last validation always uses them all)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Checkpoint:
+    """How often the run is saved, so that it can go on after a stop."""
+
+    every: int = Field(default=200, ge=1)
+    """Steps between two checkpoints; there is always one at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Run:
+    """One training run."""
+
+    out: str
+    """The run folder. The same command again goes on from its last checkpoint."""
+    data: Data = Field(default_factory=Data)
+    model: Model = Field(default_factory=Model)
+    prompt: Prompt = Field(default_factory=Prompt)
+    lora: Lora = Field(default_factory=Lora)
+    train: Train = Field(default_factory=Train)
+    validation: Validation = Field(default_factory=Validation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Columns:
+    """Names of the columns that hold a row's parts; by default the usual names are recognised."""
+
+    question: str | None = None
+    """The problem's text."""
+    solution: str | None = None
+    """The worked solution's text."""
+    label: str | None = None
+    """Whether the solution is correct."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Prepare:
+    """How labelled rows become a frozen dataset."""
+
+    columns: Columns = Field(default_factory=Columns)
+    validation_rows: int | None = Field(default=None, ge=0)
+    """Rows held out for validation, by question. Default: 5,000 or 5 % of the rows, the smaller."""
+    validation_per_question: int = Field(default=8, ge=1)
+    """Validation rows of one question; more questions make a tighter interval than more rows of one."""
+    balance: str = "undersample"
+    """Labels in train. none: as they come; undersample: 50/50 by dropping from the larger class; or a ratio of True
+    rows such as 0.4, reached by dropping."""
+    balance_validation: bool = False
+    """Balance the validation rows too; by default they keep the labels' natural share."""
+    limit: int | None = Field(default=None, ge=2)
+    """Keep at most N train rows, with the labels' shares kept."""
+    max_row_bytes: int = Field(default=1_000_000, ge=100)
+    """A row whose question and solution together are larger than this is refused."""
+    allow_refused: float = Field(default=0.05, ge=0, le=1)
+    """The part of rows that may be refused before preparing stops."""
+    near_duplicates: bool = False
+    """Count near-duplicate questions across the splits (5-gram MinHash; needs the extra near-duplicates)."""
+    seed: int = 0
+    """Decides which questions are held out and which rows are dropped."""
+
+
+def keys(cls: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a settings class, for suggestions and for comparing runs."""
+    out = []
+    for field in dataclasses.fields(cls):
+        kind = field.type
+        if dataclasses.is_dataclass(kind):
+            out += keys(kind, f"{prefix}{field.name}.")
+        else:
+            out.append(prefix + field.name)
+    return out
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Checks `values` (nested, as TOML gives it) against a settings class.
+
+    Raises ConfigError that names each wrong key or value, `where` it stands, and the nearest right key.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        lines = [_explain(cls, item) for item in error.errors()]
+    raise ConfigError(f"{where}: " + "; ".join(lines))
+
+
+def _explain(cls: Any, item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = keys(cls) + [f.name for f in dataclasses.fields(cls)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+            k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]
+        ]
+        return f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    if item["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{key!r} is not set"
+    return f"{key} = {item['input']!r}: {item['msg'].lower()}"
+
+
+def read_run(path: Path, overrides: dict[str, Any] | None = None) -> Run:
+    """Reads a run file; `overrides` are dotted keys (`{"train.lr": 1e-4}`) that win over it."""
+    if not path.is_file():
+        raise MissingError(f"{path}: no such run file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for key, value in (overrides or {}).items():
+        table, names = values, key.split(".")
+        for name in names[:-1]:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{path}: {name!r} must be a table")
+        table[names[-1]] = value
+    return build(Run, values, str(path))
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """Plain JSON values of a settings object, every key spelt out."""
+    return json.loads(TypeAdapter(type(settings)).dump_json(settings))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` -> `{"train.lr": 1}`."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

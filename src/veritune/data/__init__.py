@@ -1,0 +1,1 @@
+"""Raw labelled rows in, a frozen dataset out."""

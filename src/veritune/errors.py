@@ -1,0 +1,38 @@
+"""What a user can do wrong. Each kind is also a standard exception, so callers need not import it to catch it.
+
+The command line prints `str(error)` and exits with 2: a message says what was wrong, where, and what to do.
+"""
+
+
+class VerituneError(Exception):
+    """Base of every expected failure."""
+
+
+class ConfigError(VerituneError, ValueError):
+    """A setting, a run file or a flag cannot be used."""
+
+
+class DataError(VerituneError, ValueError):
+    """Rows, a data file or a prepared dataset cannot be used."""
+
+
+class MissingError(VerituneError, FileNotFoundError):
+    """A file or folder the user named is not there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelError(VerituneError, RuntimeError):
+    """Weights, a tokenizer or an adapter cannot be used."""
+
+
+class NonFiniteError(VerituneError, FloatingPointError):
+    """A loss, a gradient or a weight is NaN or infinite."""
+
+
+class CheckpointError(VerituneError, OSError):
+    """No whole checkpoint could be written or read."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

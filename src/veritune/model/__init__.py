@@ -1,0 +1,1 @@
+"""The network: weights, attention along trie paths, the label readout."""

@@ -1,0 +1,1 @@
+"""How good the verifier is, and its scores for new rows."""

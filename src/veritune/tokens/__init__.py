@@ -1,0 +1,1 @@
+"""A row becomes token ids; many rows become one trie-shaped batch."""
