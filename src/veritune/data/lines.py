@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ NOT_UTF8 = "not valid UTF-8"
 TOO_LARGE = "over the size limit"
 BROKEN_JSON = "not valid JSON"
 NOT_OBJECT = "not a JSON object"
-BROKEN_CSV = "broken csv (quotes)"
+NOT_UNICODE = "text with half a character (a lone surrogate)"
+BROKEN_CSV = "broken csv"
 WRONG_FIELDS = "wrong number of fields"
 
 RAW_BYTES = 2000
@@ -29,6 +31,7 @@ RAW_BYTES = 2000
 UNLIMITED = 2**31 - 1
 # The module's own limit on a field is 128 KiB; ours is on the whole record and counts the refusal.
 csv.field_size_limit(UNLIMITED)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Refused(NamedTuple):
@@ -105,10 +108,12 @@ def read_json_lines(lines: Iterator[Line]) -> Iterator[tuple[int, dict[str, Any]
         except (ValueError, RecursionError) as error:
             yield number, Refused(number, BROKEN_JSON, _json_problem(error), clip(raw))
             continue
-        if type(value) is dict:
-            yield number, value
+        if type(value) is not dict:
+            yield number, Refused(number, NOT_OBJECT, json_kind(value), clip(raw))
+        elif _SURROGATE.search(raw) and not _is_unicode(value):
+            yield number, Refused(number, NOT_UNICODE, "", clip(raw))
         else:
-            yield number, Refused(number, NOT_OBJECT, f"a {_json_kind(value)}", clip(raw))
+            yield number, value
 
 
 def read_csv(lines: Iterator[Line], path: Path, limit: int = UNLIMITED) -> Iterator[tuple[int, list[str] | Refused]]:
@@ -131,7 +136,7 @@ def read_csv(lines: Iterator[Line], path: Path, limit: int = UNLIMITED) -> Itera
         except StopIteration:
             return
         except csv.Error as error:
-            problem = (TOO_LARGE if isinstance(error, _TooLarge) else BROKEN_CSV, str(error))
+            problem = (TOO_LARGE if isinstance(error, _TooLarge) else BROKEN_CSV, _csv_problem(error))
             feed.give_back_all_but_first()
         first = feed.taken[0]
         if problem is None and feed.is_not_utf8():
@@ -140,7 +145,9 @@ def read_csv(lines: Iterator[Line], path: Path, limit: int = UNLIMITED) -> Itera
             continue
         if header is None:
             if problem:
-                raise DataError(f"{path}:{first.number}: the header cannot be read: {problem[0]} {problem[1]}".rstrip())
+                raise DataError(
+                    f"{path}:{first.number}: the header cannot be read: {problem[0]}: {problem[1]}".rstrip(": ")
+                )
             header = _checked_header(fields, path)
             yield first.number, header
             continue
@@ -233,6 +240,26 @@ def _json_problem(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _json_kind(value: Any) -> str:
-    kinds = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return kinds[type(value)]
+def _csv_problem(error: csv.Error) -> str:
+    text = str(error)
+    if text.startswith("new-line character"):
+        return "a bare carriage return outside quotes; lines must end in LF or CRLF"
+    if text == "unexpected end of data":
+        return "a quote that is never closed"
+    return text
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls the value, for messages."""
+    if value is None:
+        return "null"
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return kinds.get(type(value), "a number")
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

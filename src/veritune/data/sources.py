@@ -1,13 +1,19 @@
 """What the user names becomes rows: csv, jsonl, both also gzipped, parquet, folders of these, and hub datasets.
 
-`read_table` gives one whole file as it is, for scoring and evaluating.
+`find_files` says which files are meant, `read_chunks` reads one of them for preparing, and `read_table` gives one
+whole file as it is, for scoring and evaluating.
 """
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
-from ..errors import DataError, MissingError
+from ..config import Columns
+from ..errors import DataError, MissingError, VerituneError
+from .chunks import Chunk, Note, Tick, csv_chunks, json_chunks, table_chunks
 from .tables import read_csv_table, read_json_table
 
 KINDS = {
@@ -19,6 +25,69 @@ KINDS = {
     ".csv.gz": "csv",
     ".parquet": "parquet",
 }
+HUB = "hf://"
+MANIFEST = "manifest.json"
+
+
+class Source(NamedTuple):
+    """A file to read rows from. `name` is what the user sees; `path` is None for a dataset on the hub."""
+
+    name: str
+    path: Path | None
+    bytes: int
+
+
+def find_files(named: list[str], note: Note) -> list[Source]:
+    """The files that `named` stands for, each once, sorted by name: what is done never depends on the order in which
+    they were named. A folder stands for the data files in it, however deep; `note` is told what else was there.
+
+    Raises MissingError and DataError for what is not there, is of another kind, or is a folder without data files.
+    """
+    found: dict[str, Source] = {}
+    for name in named:
+        if name.startswith(HUB):
+            found[name] = Source(_hub_path(name), None, 0)
+            continue
+        path = Path(name)
+        if not path.exists():
+            raise MissingError(f"{path}: no such file or folder")
+        files = _files_in(path, note) if path.is_dir() else [path]
+        for file in files:
+            kind_of(file)
+            key = str(file.resolve())
+            if key in found:
+                note(f"{file}: named more than once, read once")
+            else:
+                found[key] = Source(str(file), file, file.stat().st_size)
+    if not found:
+        raise DataError("no source is named; give a file, a folder or an hf:// path")
+    return sorted(found.values())
+
+
+def read_chunks(source: Source, wanted: Columns, limit: int, note: Note, tick: Tick) -> Iterator[Chunk]:
+    """Chunks of one source, in the order of the file. A text record of over `limit` bytes is refused unread.
+
+    `note` is told which columns were guessed, `tick` how many bytes of the file have been read so far. Raises
+    DataError if the file as a whole cannot be used, among others if it has no rows.
+    """
+    rows = 0
+    try:
+        if source.path is None:
+            chunks = table_chunks(_read_hub(source.name), source.name, wanted, note)
+        elif kind_of(source.path) == "parquet":
+            chunks = table_chunks(pl.read_parquet(source.path, glob=False), source.name, wanted, note)
+        elif kind_of(source.path) == "csv":
+            chunks = csv_chunks(source.path, wanted, limit, note, tick)
+        else:
+            chunks = json_chunks(source.path, wanted, limit, note, tick)
+        for chunk in chunks:
+            rows += len(chunk.frame) + len(chunk.refused)
+            yield chunk
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise _unreadable(source.name, error) from None
+    if not rows:
+        raise DataError(f"{source.name}: it has no rows")
+    tick(source.bytes)
 
 
 def read_table(path: Path) -> pl.DataFrame:
@@ -38,9 +107,7 @@ def read_table(path: Path) -> pl.DataFrame:
         else:
             frame = read_csv_table(path) if kind == "csv" else read_json_table(path)
     except (OSError, pl.exceptions.PolarsError) as error:
-        if isinstance(error, (DataError, MissingError)):
-            raise
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise _unreadable(str(path), error) from None
     if frame.is_empty():
         raise DataError(f"{path}: it has no rows")
     return frame
@@ -52,3 +119,54 @@ def kind_of(path: Path) -> str:
         if path.name.lower().endswith(suffix):
             return kind
     raise DataError(f"{path}: unknown kind of file; veritune reads {', '.join(KINDS)} and folders of these")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_in(folder: Path, note: Note) -> list[Path]:
+    if (folder / MANIFEST).is_file() and (folder / "train.parquet").is_file():
+        raise DataError(f"{folder}: a prepared dataset already; to use its rows, name its train.parquet")
+    files, others = [], []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            (files if path.name.lower().endswith(tuple(KINDS)) else others).append(path)
+    if not files:
+        raise DataError(f"{folder}: no data file in this folder; veritune reads {', '.join(KINDS)}")
+    if others:
+        shown = ", ".join(path.name for path in others[:3]) + (", …" if len(others) > 3 else "")
+        note(f"{folder}: {len(others)} other files left alone ({shown})")
+    return files
+
+
+def _hub_path(name: str) -> str:
+    """The parquet files that an hf:// name stands for. A bare `hf://datasets/USER/NAME` means the train split of the
+    parquet conversion that the hub keeps of every dataset."""
+    parts = name.removeprefix(HUB).strip("/").split("/")
+    if parts[0] != "datasets" or len(parts) < 3:
+        raise DataError(f"{name}: a hub dataset is named hf://datasets/USER/NAME, or with a path to its parquet files")
+    if len(parts) == 3:
+        return f"{HUB}{'/'.join(parts)}@~parquet/default/train/*.parquet"
+    if not name.endswith(".parquet"):
+        raise DataError(f"{name}: only parquet files are read from the hub; end the path in /*.parquet")
+    return name
+
+
+def _read_hub(name: str) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(name)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(
+            f"{name}: cannot be read from the hub: {error}. Offline? Is the name right, and the set not private? "
+            "Or download its files and name those"
+        ) from None
+
+
+def _unreadable(name: str, error: Exception) -> Exception:
+    if isinstance(error, VerituneError):
+        return error
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+    return DataError(f"{name}: cannot be read: {reason}")

@@ -47,6 +47,8 @@ def as_text(value: Any) -> str | None:
     """A value as text: text as it is, everything else as JSON writes it; None stays None."""
     if value is None or type(value) is str:
         return value
+    if type(value) is bool:
+        return "true" if value else "false"
     return json.dumps(value, ensure_ascii=False, default=str)
 
 

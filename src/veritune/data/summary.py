@@ -1,0 +1,69 @@
+"""What preparing shows: a progress bar while it reads, and a table of what it did."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+
+@contextmanager
+def progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left; call what it yields with the bytes read so far. No console: nothing is shown."""
+    if console is None:
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=total)
+
+        def tick(done: int) -> None:
+            bar.update(task, completed=done, description="reading" if done < total else "splitting and writing")
+
+        yield tick
+
+
+def show(console: Console, manifest: dict[str, Any], out: Path) -> None:
+    """Prints what was read, what became of each row, what may have leaked, and where the dataset is."""
+    for note in manifest["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    rows, train, validation, leaks = (manifest[key] for key in ("rows", "train", "validation", "leaks"))
+    table = Table(title="prepared", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_column(justify="left")
+    for source in manifest["sources"]:
+        table.add_row("source", f"{source['rows']:,}", f"rows of {source['name']}")
+    table.add_row("refused", f"{rows['refused']:,}", f"{rows['refused'] / rows['read']:.2%} of the rows read")
+    for reason, count in manifest["refused"].items():
+        table.add_row("", f"{count:,}", reason)
+    table.add_row("contradictory", f"{rows['contradictory']:,}", "rows with the same text and both labels, left out")
+    table.add_row("duplicates", f"{rows['duplicates']:,}", "exact copies of a row that stays")
+    table.add_row("usable", f"{rows['usable']:,}", f"rows of {manifest['questions']:,} questions")
+    table.add_row("validation", f"{validation['rows']:,}", _of(validation))
+    table.add_row("left out", f"{train['left_out_with_validation_questions']:,}", "more rows of validation's questions")
+    table.add_row("", f"{train['left_out_for_balance']:,}", f"for balance ({manifest['settings']['balance']})")
+    if manifest["settings"]["limit"]:
+        table.add_row("", f"{train['left_out_by_limit']:,}", f"over the limit of {manifest['settings']['limit']:,}")
+    table.add_row("train", f"{train['rows']:,}", _of(train))
+    table.add_row("leaks", f"{leaks['shared_questions']:,}", "questions in both train and validation")
+    near = leaks["near_duplicate_questions"]
+    if near is None:
+        table.add_row("", "-", "near-duplicates not counted (--near-duplicates)")
+    else:
+        table.add_row("", f"{near:,}", "validation questions with a near-duplicate in train")
+    table.add_row("fingerprint", "", manifest["fingerprint"])
+    table.add_row("written to", "", str(out))
+    console.print(table, highlight=False, markup=False)
+    if rows["refused"] or rows["contradictory"]:
+        console.print(
+            f"each refused row, with its place and why: {out / 'rejected.jsonl'}", highlight=False, markup=False
+        )
+
+
+def _of(part: dict[str, Any]) -> str:
+    share = f", {part['true_share']:.1%} True" if part["rows"] else ""
+    return f"rows of {part['questions']:,} questions{share}"
