@@ -7,14 +7,13 @@ raises DataError. Files are read line by line, so memory depends on the longest 
 
 import csv
 import gzip
-import io
 import json
 import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from ..errors import DataError, MissingError
 
@@ -70,7 +69,8 @@ def read_lines(path: Path, limit: int = UNLIMITED, tick: Callable[[int], None] |
             if not start:
                 raise DataError(f"{path}: the file is empty (0 bytes)")
             plain.seek(0)
-            source: BinaryIO = io.BufferedReader(gzip.GzipFile(fileobj=plain), 1 << 20) if _is_gzip(start) else plain  # type: ignore[arg-type]
+            # A second buffer around it would lose what it holds when the stream turns out to be cut.
+            source = cast(BinaryIO, gzip.GzipFile(fileobj=plain)) if start == b"\x1f\x8b" else plain
             while raw := source.readline(limit):
                 number += 1
                 if number == 1:
@@ -198,10 +198,6 @@ class _Feed:
         except UnicodeDecodeError:
             return True
         return False
-
-
-def _is_gzip(start: bytes) -> bool:
-    return start == b"\x1f\x8b"
 
 
 def _inner_suffix(path: Path) -> str:

@@ -28,8 +28,12 @@ def progress(console: Console | None, total: int) -> Iterator[Callable[[int], No
 
 def show(console: Console, manifest: dict[str, Any], out: Path) -> None:
     """Prints what was read, what became of each row, what may have leaked, and where the dataset is."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     for note in manifest["notes"]:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        say(f"note: {note}")
     rows, train, validation, leaks = (manifest[key] for key in ("rows", "train", "validation", "leaks"))
     table = Table(title="prepared", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(justify="left")
@@ -56,12 +60,10 @@ def show(console: Console, manifest: dict[str, Any], out: Path) -> None:
     else:
         table.add_row("", f"{near:,}", "validation questions with a near-duplicate in train")
     table.add_row("fingerprint", "", manifest["fingerprint"])
-    table.add_row("written to", "", str(out))
     console.print(table, highlight=False, markup=False)
+    say(f"written to {out}")
     if rows["refused"] or rows["contradictory"]:
-        console.print(
-            f"each refused row, with its place and why: {out / 'rejected.jsonl'}", highlight=False, markup=False
-        )
+        say(f"each refused row, with its place and why: {out / 'rejected.jsonl'}")
 
 
 def _of(part: dict[str, Any]) -> str:
