@@ -2,7 +2,6 @@
 user's is a message."""
 
 import gzip
-import io
 import json
 import random
 from pathlib import Path
@@ -12,7 +11,6 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from veritune.config import Columns, Prepare
 from veritune.data import clean, dataset, lines
@@ -248,23 +246,6 @@ def test_near_duplicates_are_counted_across_the_splits(tmp_path):
     twins = {question for question in validation["question"] if question.replace("Rome", "Oslo") in trained}
     assert leaks["near_duplicate_questions"] == len(twins) > 0
     assert leaks["examples"][0]["similarity"] >= leaks["near_duplicate_similarity"]
-
-
-def test_what_was_done_is_shown(tmp_path, source):
-    source.write_text(source.read_text().replace("is_correct", "label") + "broken\n")
-    console = Console(width=100, record=True, file=io.StringIO())
-    manifest = dataset.prepare([str(source)], tmp_path / "out", Prepare(limit=100), console)
-    shown = console.export_text()
-    for word in (
-        "'label' taken as the label",
-        "not valid JSON",
-        "400  rows of 40 questions",
-        "over the limit of 100",
-        "questions in both train and validation",
-        manifest["fingerprint"],
-        "rejected.jsonl",
-    ):
-        assert word in shown
 
 
 def test_the_real_set_becomes_what_its_readme_says(tmp_path):

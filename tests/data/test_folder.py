@@ -1,6 +1,8 @@
 """A prepared folder appears whole or not at all, and never takes the place of something else."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -109,3 +111,31 @@ def test_a_damaged_manifest_does_not_load(tmp_path, text):
     (tmp_path / "prepared/manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest\.json"):
         folder.read_manifest(tmp_path / "prepared")
+
+
+def test_a_process_that_dies_while_writing_leaves_the_old_folder(tmp_path):
+    out = tmp_path / "prepared"
+    make(out, "first")
+    program = (
+        "import os, sys; from pathlib import Path; from veritune.data import folder\n"
+        "with folder.replacing(Path(sys.argv[1])) as temporary:\n"
+        "    (temporary / folder.TRAIN).write_text('half'); os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(out)], check=False).returncode == 9
+    assert folder.read_manifest(out)["fingerprint"] == "first"
+    (left,) = [path for path in tmp_path.iterdir() if path != out]
+    with pytest.raises(DataError, match="no manifest"):
+        folder.read_manifest(left)
+
+
+def test_a_failed_swap_puts_the_old_folder_back(tmp_path):
+    out = tmp_path / "prepared"
+    make(out, "first")
+    with pytest.raises(DataError, match="cannot be written"):
+        vanish(out)
+    assert folder.read_manifest(out)["fingerprint"] == "first"
+
+
+def vanish(out):
+    with folder.replacing(out) as temporary:
+        (temporary / "link").symlink_to("nowhere")

@@ -15,7 +15,7 @@ def frame(count=4000, questions=200, true=0.7, seed=0):
     """Rows with questions of very different sizes."""
     numbers = np.random.default_rng(seed)
     qids = numbers.integers(1 << 62, 1 << 63, questions, dtype=np.uint64)
-    sizes = numbers.zipf(1.5, questions).clip(1, 300)
+    sizes = numbers.integers(1, 60, questions)
     return pl.DataFrame(
         {
             "id": numbers.permutation(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)),
@@ -47,6 +47,15 @@ def test_validation_is_5000_rows_or_one_in_twenty():
     assert len(parts(frame(1990))[0]) == 100
     assert len(parts(frame(1990), validation_rows=70)[0]) == 70
     assert len(parts(frame(1990), validation_rows=0)[0]) == 0
+
+
+def test_by_default_most_rows_stay_even_where_questions_are_few():
+    rows = frame(4000, 40)
+    validation = parts(rows)[0]
+    held_out = rows.join(validation.select("qid").unique(), on="qid", how="semi")
+    assert 0 < len(held_out) <= 1000
+    assert len(parts(rows, validation_rows=200)[0]) == 200
+    assert parts(frame(100, 2))[0]["qid"].n_unique() == 1
 
 
 def test_a_question_gives_at_most_so_many_rows():

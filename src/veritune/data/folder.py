@@ -44,9 +44,7 @@ def replacing(out: Path) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
+        _swap(temporary, out, old)
         _sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except VerituneError:
@@ -95,6 +93,18 @@ def _is_prepared(folder: Path) -> bool:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _swap(new: Path, out: Path, old: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
 
 
 def _sync(path: Path) -> None:

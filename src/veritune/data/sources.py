@@ -46,13 +46,15 @@ def find_files(named: list[str], note: Note) -> list[Source]:
     found: dict[str, Source] = {}
     for name in named:
         if name.startswith(HUB):
-            found[name] = Source(_hub_path(name), None, 0)
+            path = _hub_path(name)
+            if path != name:
+                note(f"{name}: reading {path}")
+            found[path] = Source(path, None, 0)
             continue
-        path = Path(name)
-        if not path.exists():
-            raise MissingError(f"{path}: no such file or folder")
-        files = _files_in(path, note) if path.is_dir() else [path]
-        for file in files:
+        place = Path(name)
+        if not place.exists():
+            raise MissingError(f"{place}: no such file or folder")
+        for file in _files_in(place, note) if place.is_dir() else [place]:
             kind_of(file)
             key = str(file.resolve())
             if key in found:

@@ -13,9 +13,9 @@ import polars as pl
 from ..config import Prepare
 from ..errors import ConfigError, DataError
 
-DEFAULT_ROWS = 5000
-DEFAULT_PART = 20
-"""Validation has 5,000 rows or one in 20 (rounded up), the smaller, unless the settings say otherwise."""
+DEFAULT_ROWS, DEFAULT_PART, DEFAULT_COST = 5000, 20, 4
+"""By default validation has 5,000 rows or one in 20 (rounded up), the smaller, of questions that together have at most
+one row in 4: where questions are few and have many rows, one row in 20 would take most questions out of train."""
 
 
 class Split(NamedTuple):
@@ -72,9 +72,12 @@ def split(rows: pl.DataFrame, settings: Prepare) -> Split:
 def hold_out(rows: pl.DataFrame, settings: Prepare) -> pl.DataFrame:
     """The validation rows: questions in the order of their draw, at most `validation_per_question` rows of each, until
     there are enough. With `balance_validation`, until there are enough of each label, so the rows are as many."""
-    default = min(DEFAULT_ROWS, -(-len(rows) // DEFAULT_PART))
-    wanted = default if settings.validation_rows is None else settings.validation_rows
-    cap = settings.validation_per_question
+    wanted, cap = settings.validation_rows, settings.validation_per_question
+    if wanted is None:
+        wanted = min(DEFAULT_ROWS, -(-len(rows) // DEFAULT_PART))
+        cost = rows.group_by("question_draw").len().sort("question_draw").with_columns(pl.col("len").cum_sum())
+        few = cost.filter(pl.col("len") <= max(len(rows) // DEFAULT_COST, cost["len"][0]))
+        rows = rows.join(few.select("question_draw"), on="question_draw", how="semi")
     if not settings.balance_validation:
         ranked = rows.sort("question_draw", "hold_out_draw")
         ranked = ranked.with_columns(pl.int_range(pl.len()).over("qid").alias("rank"))

@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+SHOWN = 10
+"""Sources and notes that are printed; a folder may hold hundreds of files."""
+
 
 @contextmanager
 def progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
@@ -32,15 +35,16 @@ def show(console: Console, manifest: dict[str, Any], out: Path) -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    for note in manifest["notes"]:
-        say(f"note: {note}")
+    for line in _first([f"source: {source['name']}, {source['rows']:,} rows" for source in manifest["sources"]]):
+        say(line)
+    for line in _first([f"note: {note}" for note in manifest["notes"]]):
+        say(line)
     rows, train, validation, leaks = (manifest[key] for key in ("rows", "train", "validation", "leaks"))
     table = Table(title="prepared", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(justify="left")
     table.add_column(justify="right")
     table.add_column(justify="left")
-    for source in manifest["sources"]:
-        table.add_row("source", f"{source['rows']:,}", f"rows of {source['name']}")
+    table.add_row("read", f"{rows['read']:,}", "rows in all")
     table.add_row("refused", f"{rows['refused']:,}", f"{rows['refused'] / rows['read']:.2%} of the rows read")
     for reason, count in manifest["refused"].items():
         table.add_row("", f"{count:,}", reason)
@@ -64,6 +68,11 @@ def show(console: Console, manifest: dict[str, Any], out: Path) -> None:
     say(f"written to {out}")
     if rows["refused"] or rows["contradictory"]:
         say(f"each refused row, with its place and why: {out / 'rejected.jsonl'}")
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = len(lines) - SHOWN
+    return lines if more <= 0 else [*lines[:SHOWN], f"and {more} more in manifest.json"]
 
 
 def _of(part: dict[str, Any]) -> str:

@@ -44,12 +44,12 @@ def read_json_table(path: Path) -> pl.DataFrame:
 
 
 def as_text(value: Any) -> str | None:
-    """A value as text: text as it is, everything else as JSON writes it; None stays None."""
+    """A value as text: text as it is, what JSON knows as JSON writes it, a date and the like by `str`; None is None."""
     if value is None or type(value) is str:
         return value
     if type(value) is bool:
         return "true" if value else "false"
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict | float) else str(value)
 
 
 def _typed(name: str, values: Sequence[Any]) -> pl.Series:
