@@ -155,6 +155,14 @@ def test_duplicates_and_contradictions_are_counted_and_only_these_go(tmp_path):
     assert not {row["solution"] for row in against} & set(train["solution"])
 
 
+def test_rows_that_all_contradict_each_other_leave_nothing(tmp_path):
+    rows = made_rows.rows(10)
+    rows += [row | {"is_correct": not row["is_correct"]} for row in rows]
+    path = made_rows.write(tmp_path / "rows.csv", rows)
+    with pytest.raises(DataError, match="a copy with the other label"):
+        dataset.prepare([str(path)], tmp_path / "out", Prepare())
+
+
 def test_too_many_refused_stop_with_the_counts_unless_allowed(tmp_path, source):
     text = source.read_text().splitlines(keepends=True)
     source.write_text("".join(["broken\n"] * 30 + text))

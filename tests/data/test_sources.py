@@ -51,6 +51,8 @@ def test_what_cannot_be_a_source(tmp_path):
 def test_a_hub_dataset_that_cannot_be_reached_says_so(monkeypatch):
     (source,) = find_files(["hf://datasets/nobody/nothing"], print)
     assert source.name == "hf://datasets/nobody/nothing@~parquet/default/train/*.parquet"
+    (pinned,) = find_files(["hf://datasets/nobody/nothing@main"], print)
+    assert pinned.name == "hf://datasets/nobody/nothing@main/**/*.parquet"
     monkeypatch.setattr(pl, "read_parquet", _offline)
     with pytest.raises(DataError, match=r"cannot be read from the hub.*Offline"):
         list(read_chunks(source, Columns(), 10**6, print, print))

@@ -51,8 +51,7 @@ def check(chunk: Chunk, max_row_bytes: int) -> tuple[pl.DataFrame, list[Refused]
     )
     bad = frame.filter(pl.col("reason").is_not_null())
     refused = chunk.refused + [_refused(row) for row in bad.iter_rows(named=True)]
-    usable = frame.filter(pl.col("reason").is_null()).drop("reason", "label") if len(bad) else frame
-    return usable.drop("reason", "label", strict=False), sorted(refused)
+    return frame.filter(pl.col("reason").is_null()).drop("reason", "label"), sorted(refused)
 
 
 def identify(frame: pl.DataFrame) -> pl.DataFrame:

@@ -4,6 +4,8 @@
 `validation.parquet`, `rejected.jsonl` and `manifest.json`. Both tables have `id` and `qid` (16 hexadecimal digits: the
 row's and the question's hash), `question`, `solution`, `is_correct`, then the sources' other columns as text, sorted
 by name. A column of a source that bears one of our five names but is none of the three parts is kept as `source_NAME`.
+Each line of `rejected.jsonl` is a row that was refused: `file`, `line` (of parquet, the row), `reason`, `detail` and
+`raw`, the row's beginning.
 
 Everything here is deterministic, and nothing depends on the names or the order of the sources except their listing.
 """

@@ -146,12 +146,13 @@ def _files_in(folder: Path, note: Note) -> list[Path]:
 
 def _hub_path(name: str) -> str:
     """The parquet files that an hf:// name stands for. A bare `hf://datasets/USER/NAME` means the train split of the
-    parquet conversion that the hub keeps of every dataset."""
+    parquet conversion that the hub keeps of every dataset; with `@REVISION`, all parquet files of that revision."""
     parts = name.removeprefix(HUB).strip("/").split("/")
     if parts[0] != "datasets" or len(parts) < 3:
         raise DataError(f"{name}: a hub dataset is named hf://datasets/USER/NAME, or with a path to its parquet files")
     if len(parts) == 3:
-        return f"{HUB}{'/'.join(parts)}@~parquet/default/train/*.parquet"
+        whole = "/**/*.parquet" if "@" in parts[2] else "@~parquet/default/train/*.parquet"
+        return HUB + "/".join(parts) + whole
     if not name.endswith(".parquet"):
         raise DataError(f"{name}: only parquet files are read from the hub; end the path in /*.parquet")
     return name

@@ -41,6 +41,8 @@ def split(rows: pl.DataFrame, settings: Prepare) -> Split:
 
     Raises DataError if nothing would be left to train on.
     """
+    if rows.is_empty():
+        raise DataError("nothing is left to train on: every row has a copy with the other label")
     share = true_share(settings.balance)
     seed = settings.seed
     rows = rows.select("id", "qid", "is_correct").with_row_index("row")
