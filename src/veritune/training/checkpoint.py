@@ -1,0 +1,224 @@
+"""Checkpoints: atomic, verified, exact.
+
+A checkpoint is the folder `step-00001200` with one safetensors file for each group of tensors, `state.json` and
+`manifest.json`; `durable` puts it there whole or not at all, `replica` copies it to a mounted drive. `save` writes one,
+`load_latest` gives back the newest that is whole. `Saver` does the writing while training goes on. `publish` writes any
+other folder (`best/`, `adapter/`) the same way. Order is by step, never by file time; nothing is pickled.
+"""
+
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from ..errors import CheckpointError
+from . import replica as replicas
+from .durable import (
+    Damaged,
+    Parts,
+    discard,
+    found,
+    looks_whole,
+    outlived,
+    read_file,
+    read_manifest,
+    settle,
+    write_folder,
+)
+from .pack import STATE, SUFFIX, Groups, pack, safetensors_parts
+
+Warn = Callable[[str], None]
+
+_warn = logging.getLogger(__name__).warning
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A whole, verified checkpoint, loaded."""
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """Group -> name -> tensor, on the CPU."""
+    state: dict[str, Any]
+    path: Path
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08d}"
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Groups,
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+    replica: Path | None = None,
+    warn: Warn = _warn,
+) -> Path:
+    """Saves a checkpoint, reads it back, then deletes all but the newest `keep`; returns its folder.
+
+    A checkpoint of the same step is replaced; those of later steps are left alone. With `replica` it is then copied
+    there, and what goes wrong with that is only said through `warn`. Raises NonFiniteError for a tensor or a number
+    in `state` that is NaN or infinite, and CheckpointError for a disk that is full or fails: what was saved before is
+    then untouched.
+    """
+    path = _write(folder, step, pack(tensors, state), keep, warn)
+    if replica is not None:
+        replicas.copy(path, replica, keep=keep, warn=warn)
+    return path
+
+
+def load_latest(folder: Path, *, replica: Path | None = None, warn: Warn = _warn) -> Saved | None:
+    """The newest whole checkpoint of `folder` and `replica`, or None if there is none at all.
+
+    Every damaged one on the way is named through `warn`. Raises CheckpointError if there are some and none is whole.
+    """
+    local = [(step, True, path) for step, path in _settled(folder)]
+    remote = [(step, False, path) for step, path in (_replicated(replica, warn) if replica is not None else [])]
+    wrong = []
+    for step, _, path in sorted(local + remote, reverse=True):
+        try:
+            return _load(path, step)
+        except Damaged as reason:
+            wrong.append(f"{path}: {reason}")
+            warn(f"checkpoint {wrong[-1]}. Trying the one before it.")
+    if wrong:
+        raise CheckpointError(
+            "no checkpoint is whole: " + "; ".join(wrong) + ". Put back a whole one (from a replica or a backup), "
+            f"or delete the folder {folder} to start from the beginning."
+        )
+    return None
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that look complete (manifest, and every file in its size), oldest first."""
+    return [step for step, path in found(folder) if looks_whole(path)]
+
+
+def publish(folder: Path, files: Mapping[str, bytes | Mapping[str, torch.Tensor]]) -> None:
+    """Writes a folder of files (bytes, or tensors as safetensors) so that it is the old one or the new one, whole.
+
+    Where a process was killed between the two, `settle(folder)` (the next `publish` does it too) puts one in place.
+    Raises as `save` does.
+    """
+    write_folder(
+        folder,
+        {name: [it] if isinstance(it, bytes) else safetensors_parts(it, name) for name, it in files.items()},
+    )
+
+
+class Saver:
+    """Saves while training goes on: the loop pays for a copy of the tensors, threads do the writing.
+
+    At most one save is under way; what went wrong with it is raised at the next `save` or at `close`. The replica is
+    copied in a thread of its own, so that a slow drive delays neither the training nor the next save.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, replica: Path | None = None, warn: Warn = _warn) -> None:
+        self._folder, self._keep, self._warn = folder, keep, warn
+        self._messages: list[str] = []  # from the threads, told to `warn` in the caller's
+        self._mirror = None
+        if replica is not None:
+            self._mirror = replicas.Mirror(replica, keep=keep, warn=self._messages.append)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, tensors: Groups, state: dict[str, Any]) -> None:
+        """Takes a copy of everything and starts to write it. Raises as `save`; for the disk, one save later."""
+        files = pack(tensors, state, copy=True)
+        self.wait()
+        self._thread = threading.Thread(target=self._work, args=(step, files), name="veritune-save")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the last save is on the local disk. Raises CheckpointError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        self._tell()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self, timeout: float | None = None) -> None:
+        """Waits for the last save, and up to `timeout` seconds for the replica."""
+        try:
+            self.wait()
+        finally:
+            if self._mirror is not None:
+                self._mirror.close(timeout)
+            self._tell()
+
+    def _tell(self) -> None:
+        while self._messages:
+            self._warn(self._messages.pop(0))
+
+    def _work(self, step: int, files: dict[str, Parts]) -> None:
+        try:
+            path = _write(self._folder, step, files, self._keep, self._messages.append)
+            if self._mirror is not None:
+                self._mirror.send(path)
+        except Exception as error:  # handed to the loop, which decides
+            self._error = error
+
+
+def _write(folder: Path, step: int, files: Mapping[str, Parts], keep: int, warn: Warn) -> Path:
+    _settled(folder)
+    path = place(folder, step)
+    write_folder(path, files, step)
+    for old in outlived(path, keep):
+        try:
+            discard(old)
+        except OSError as error:
+            warn(f"old checkpoint {old} could not be deleted: {error.strerror}")
+    return path
+
+
+def _settled(folder: Path) -> list[tuple[int, Path]]:
+    if folder.is_dir():
+        for name in os.listdir(folder):
+            if match := re.fullmatch(r"\.(step-\d{8,})\.(new|old|trash)", name):
+                with suppress(OSError):
+                    settle(folder / match[1])
+    return found(folder)
+
+
+def _replicated(replica: Path, warn: Warn) -> list[tuple[int, Path]]:
+    try:
+        if replica.parent.is_dir():
+            return found(replica)
+        reason = f"{replica.parent} is not there: is the drive mounted?"
+    except OSError as error:
+        reason = error.strerror
+    warn(f"replica {replica} cannot be read ({reason}); only local checkpoints are considered")
+    return []
+
+
+def _load(path: Path, step: int) -> Saved:
+    body, name = read_manifest(path), ""
+    if body["step"] != step:
+        raise Damaged(f"the manifest is that of step {body['step']}")
+    tensors, state = {}, {}
+    try:
+        for name, entry in body["files"].items():
+            data = read_file(path / name, entry)
+            if name == STATE:
+                state = json.loads(data)
+            else:
+                tensors[name.removesuffix(SUFFIX)] = safetensors.torch.load(data)
+    except (SafetensorError, ValueError) as error:
+        raise Damaged(f"{name} cannot be understood: {error}") from None
+    return Saved(step=step, tensors=tensors, state=state, path=path)
