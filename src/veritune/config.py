@@ -9,8 +9,9 @@ import dataclasses
 import difflib
 import json
 import tomllib
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -32,7 +33,7 @@ class Data:
 
     path: str = "prepared"
     """The prepared dataset: a folder that `veritune prepare` wrote."""
-    rows: int | None = Field(default=None, ge=1)
+    rows: Annotated[int | None, Field(ge=1)] = None
     """Train on the first N rows of the prepared order (drawn evenly by label); all of them by default."""
 
 
@@ -43,7 +44,8 @@ class Model:
     path: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """A hub id, a folder with weights and tokenizer, or a .gguf file."""
     base: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
-    """How the frozen weights are held. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4-bit with double quantisation."""
+    """How the frozen weights are held. auto: bf16 where the GPU or CPU multiplies in
+    it, else fp32. nf4: 4-bit with double quantisation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run. auto: a CUDA GPU if there is one."""
 
@@ -54,11 +56,11 @@ class Prompt:
 
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's own chat template. plain: plain text, for base models. auto: chat if there is one."""
-    instruction: str = Field(default=INSTRUCTION, min_length=1)
+    instruction: Annotated[str, Field(min_length=1)] = INSTRUCTION
     """What the model is told to do; {true} and {false} stand for the two answer words."""
     answers: tuple[str, str] = ("True", "False")
     """The answer words for a correct and an incorrect solution: each one token, and different."""
-    max_length: int = Field(default=2048, ge=64)
+    max_length: Annotated[int, Field(ge=64)] = 2048
     """Tokens a row may have. A longer solution loses its middle, never its end or the label."""
 
 
@@ -66,11 +68,11 @@ class Prompt:
 class Lora:
     """The low-rank adapter, the only weights that are trained (Hu et al. 2021)."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: Annotated[int, Field(ge=1)] = 16
     """Rank r of the update B·A."""
-    alpha: float = Field(default=32, gt=0)
+    alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The projections that get an adapter, by the end of their name."""
@@ -84,34 +86,34 @@ Schedule = Literal["linear", "cosine", "cosine_with_restarts", "constant", "wsd"
 class Train:
     """How the adapter is trained."""
 
-    lr: float = Field(default=2e-4, gt=0)
+    lr: Annotated[float, Field(gt=0)] = 2e-4
     """The highest learning rate of the schedule."""
     optimizer: Optimizer = "adamw_torch"
     """adamw_torch keeps 32-bit state; the 8-bit ones come from bitsandbytes; paged state moves to the host if needed."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after warm-up. wsd: constant, then linear to 0 over the last `decay_ratio`."""
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """The part of all steps over which the learning rate rises from 0."""
-    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd: the part of all steps over which the learning rate falls to 0."""
-    restarts: int = Field(default=2, ge=1)
+    restarts: Annotated[int, Field(ge=1)] = 2
     """cosine_with_restarts: how many times the cosine runs."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient's norm is clipped to this."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples in one accumulation of a step."""
-    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     """Accumulations in a step: a step has batch_size x gradient_accumulation examples."""
-    per_question: int = Field(default=8, ge=1)
+    per_question: Annotated[int, Field(ge=1)] = 8
     """Solutions of one question that stand in a step together, with both labels where it has both; 1: rows drawn
     independently. More share more tokens, so a step is cheaper, and a right beside a wrong solution teaches more."""
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is shown."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more work."""
-    micro_batch_tokens: int | None = Field(default=None, ge=64)
+    micro_batch_tokens: Annotated[int | None, Field(ge=64)] = None
     """Tokens computed at once; memory grows with it, the result does not depend on it. Default: 16384 on a GPU,
     2048 on a CPU."""
     seed: int = 0
@@ -124,19 +126,19 @@ class Train:
 class Validation:
     """How often the adapter is measured while it trains."""
 
-    every: int = Field(default=200, ge=1)
+    every: Annotated[int, Field(ge=1)] = 200
     """Steps between two validations; there is always one at the end."""
-    rows: int | None = Field(default=1000, ge=1)
-    """Use at most N validation rows, of whole questions (the last validation always uses them all)."""
+    rows: Annotated[int | None, Field(ge=1)] = 1000
+    """Use at most N validation rows, of whole questions. `veritune evaluate` measures on all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Checkpoint:
     """How often the run is saved, so that it can go on after a stop."""
 
-    every: int = Field(default=200, ge=1)
+    every: Annotated[int, Field(ge=1)] = 200
     """Steps between two checkpoints; there is always one at the end."""
-    keep: int = Field(default=2, ge=1)
+    keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints that are kept."""
 
 
@@ -146,13 +148,13 @@ class Run:
 
     out: str
     """The run folder. The same command again goes on from its last checkpoint."""
-    data: Data = Field(default_factory=Data)
-    model: Model = Field(default_factory=Model)
-    prompt: Prompt = Field(default_factory=Prompt)
-    lora: Lora = Field(default_factory=Lora)
-    train: Train = Field(default_factory=Train)
-    validation: Validation = Field(default_factory=Validation)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    prompt: Prompt = field(default_factory=Prompt)
+    lora: Lora = field(default_factory=Lora)
+    train: Train = field(default_factory=Train)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -171,21 +173,22 @@ class Columns:
 class Prepare:
     """How labelled rows become a frozen dataset."""
 
-    columns: Columns = Field(default_factory=Columns)
-    validation_rows: int | None = Field(default=None, ge=0)
-    """Rows held out for validation, by question. Default: 5,000 or 5 % of the rows, the smaller."""
-    validation_per_question: int = Field(default=8, ge=1)
+    columns: Columns = field(default_factory=Columns)
+    validation_rows: Annotated[int | None, Field(ge=0)] = None
+    """Rows held out for validation, by question. Default: 5,000 or 5 % of the rows, the smaller, of questions that hold
+    at most a quarter of the rows."""
+    validation_per_question: Annotated[int, Field(ge=1)] = 8
     """Validation rows of one question; more questions make a tighter interval than more rows of one."""
     balance: str = "undersample"
     """Labels in train. none: as they come; undersample: 50/50 by dropping from the larger class; or a ratio of True
     rows such as 0.4, reached by dropping."""
     balance_validation: bool = False
     """Balance the validation rows too; by default they keep the labels' natural share."""
-    limit: int | None = Field(default=None, ge=2)
+    limit: Annotated[int | None, Field(ge=2)] = None
     """Keep at most N train rows, with the labels' shares kept."""
-    max_row_bytes: int = Field(default=1_000_000, ge=100)
+    max_row_bytes: Annotated[int, Field(ge=100)] = 1_000_000
     """A row whose question and solution together are larger than this is refused."""
-    allow_refused: float = Field(default=0.05, ge=0, le=1)
+    allow_refused: Annotated[float, Field(ge=0, le=1)] = 0.05
     """The part of rows that may be refused before preparing stops."""
     near_duplicates: bool = False
     """Count near-duplicate questions across the splits (5-gram MinHash; needs the extra near-duplicates)."""
@@ -196,12 +199,11 @@ class Prepare:
 def keys(cls: Any, prefix: str = "") -> list[str]:
     """Every dotted key of a settings class, for suggestions and for comparing runs."""
     out = []
-    for field in dataclasses.fields(cls):
-        kind = field.type
-        if dataclasses.is_dataclass(kind):
-            out += keys(kind, f"{prefix}{field.name}.")
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(item.type):
+            out += keys(item.type, f"{prefix}{item.name}.")
         else:
-            out.append(prefix + field.name)
+            out.append(prefix + item.name)
     return out
 
 

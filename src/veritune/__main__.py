@@ -1,0 +1,5 @@
+"""`python -m veritune`."""
+
+from .cli import main
+
+main()

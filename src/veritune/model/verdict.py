@@ -1,0 +1,60 @@
+"""The readout: logits at each row's last token only, the label loss, and P(correct).
+
+No head runs over the other positions: for a few dozen rows out of thousands of tokens the projection on the vocabulary
+costs almost nothing.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens.trie import Trie, build
+from .attention import paths_of
+
+
+def label_logits(model: Any, trie: Trie, device: torch.device) -> Tensor:
+    """Logits of the token after each row, float32 [rows, vocabulary], of a causal language model of transformers'
+    whose attention is `attention.NAME`."""
+    ids = torch.from_numpy(trie.ids).to(device, non_blocking=True)
+    positions = torch.from_numpy(trie.positions).to(device, non_blocking=True)
+    ends = torch.from_numpy(trie.ends).to(device, non_blocking=True)
+    out = model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        paths=paths_of(trie, device),
+        logits_to_keep=ends,
+        use_cache=False,
+    )
+    return out.logits[0].float()
+
+
+def rowwise_logits(model: Any, rows: list[np.ndarray], device: torch.device) -> Tensor:
+    """The same, row by row through the model's own attention: for models whose attention does more than paths express.
+
+    Slow, and exact by construction.
+    """
+    out = []
+    for row in rows:
+        ids = torch.from_numpy(row.astype(np.int64)).to(device)
+        out.append(model(input_ids=ids[None], logits_to_keep=1, use_cache=False).logits[0, -1].float())
+    return torch.stack(out)
+
+
+def logits(model: Any, rows: list[np.ndarray], device: torch.device, *, shared: bool = True) -> Tensor:
+    """Label logits of rows (ids, int32 [length] each), float32 [rows, vocabulary], sharing beginnings or not."""
+    return label_logits(model, build(rows), device) if shared else rowwise_logits(model, rows, device)
+
+
+def label_loss(logits: Tensor, labels: Tensor, answer_ids: tuple[int, int]) -> Tensor:
+    """Cross-entropy over the whole vocabulary at the label, summed over rows; labels: bool [rows]."""
+    true, false = answer_ids
+    return F.cross_entropy(logits, torch.where(labels, true, false), reduction="sum")
+
+
+def p_correct(logits: Tensor, answer_ids: tuple[int, int]) -> Tensor:
+    """P(correct) = softmax over the two answer words, float64 [rows]."""
+    true, false = answer_ids
+    return torch.sigmoid((logits[:, true] - logits[:, false]).double())

@@ -1,0 +1,84 @@
+"""What a person sees while a run trains: the plan before it, one moving line, a line for each validation."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .trainer import Training
+
+
+def show_plan(console: Console, state: "Training", done: int) -> None:
+    """Prints what will happen."""
+    run, plan = state.run, state.plan
+    trained = sum(p.numel() for p in state.parameters)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "model": f"{run.model.path}, {state.base.precision} on {state.base.device}",
+        "adapter": f"rank {run.lora.rank}, alpha {run.lora.alpha:g}, {trained:,} trained parameters",
+        "data": f"{run.data.path}: {len(state.train.labels):,} rows of {state.train.groups.max() + 1:,} questions, "
+        f"{state.train.labels.mean():.0%} correct; {len(state.validation.labels):,} validation rows",
+        "steps": f"{len(plan):,} of {run.train.batch_size * run.train.gradient_accumulation} examples "
+        f"({plan.presentations:,} row presentations, {run.train.per_question} of a question together)",
+        "learning": f"{run.train.optimizer}, lr {run.train.lr:g}, {run.train.schedule}",
+        "answers": " / ".join(state.encoder.frame.answers),
+        "folder": f"{run.out}" + (f", going on after step {done:,}" if done else ""),
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", value)
+    console.print(table)
+
+
+class Display:
+    """A progress bar with loss, speed and time left; it moves on a terminal, elsewhere a line is printed at times."""
+
+    def __init__(self, console: Console, state: "Training", done: int) -> None:
+        self._console = console
+        self._steps = len(state.plan)
+        self._loss: float | None = None
+        self._speed: float | None = None
+        self._bar = Progress(
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=self._steps, completed=done, note="")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, loss: float, rows: int, seconds: float) -> None:
+        """After each step: its loss, rows and time."""
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        speed = rows / max(seconds, 1e-9)
+        self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
+        note = f"loss {self._loss:.3f}  {self._speed:,.1f} rows/s"
+        self._bar.update(self._task, completed=done, note=note)
+        if not self._console.is_terminal and (done % 50 == 0 or done == self._steps):
+            left = (self._steps - done) * rows / self._speed
+            self._console.print(f"step {done:,}/{self._steps:,}  {note}  {left / 60:.1f} min left", highlight=False)
+
+    def validation(self, done: int, quality: dict[str, Any]) -> None:
+        """After each validation: its figures."""
+        low_high = quality["accuracy_interval"]
+        interval = f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
+        self._console.print(
+            f"step {done:,}: on {quality['rows']:,} held-out rows accuracy {quality['accuracy']:.3f}{interval}, "
+            f"AUROC {quality['auroc']:.3f}, log loss {quality['log_loss']:.3f}",
+            highlight=False,
+        )
+
+    def say(self, text: str) -> None:
+        """A plain line above the bar."""
+        self._console.out(text, highlight=False)

@@ -1,0 +1,84 @@
+"""The run folder: the resolved settings it was started with, and the card of its adapters."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, config
+from ..errors import ConfigError
+
+RUN = "run.json"
+# Settings that may change between two sessions of a run: none of them alters what is learnt.
+FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "train.micro_batch_tokens",
+        "train.gradient_checkpointing")  # fmt: skip
+
+
+def start(folder: Path, run: config.Run, resolved: dict[str, Any]) -> None:
+    """Writes run.json, or checks that the run which the folder holds is this one.
+
+    resolved: what decides the mathematics besides the settings (the data's fingerprint, the precision). Raises
+    ConfigError naming every key that differs.
+    """
+    values = {"veritune": __version__, "resolved": resolved, "settings": config.as_dict(run)}
+    path = folder / RUN
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            old, new = _mathematics(before), _mathematics(values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
+        differing = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+        if differing:
+            raise ConfigError(
+                f"{folder} holds a run with other settings: {'; '.join(differing)}. Put them back to go on with that "
+                "run, or choose another `out`"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run: choose another `out`")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def _mathematics(values: dict[str, Any]) -> dict[str, Any]:
+    settings = config.flat(values["settings"])
+    return {key: value for key, value in settings.items() if not key.startswith(FREE)} | values["resolved"]
+
+
+def card(run: config.Run, base: str, data: str, step: int, quality: dict[str, Any]) -> str:
+    """The model card of an adapter: what it is, how good it was measured to be, how to use it (Markdown)."""
+    accuracy, low_high = quality["accuracy"], quality["accuracy_interval"]
+    interval = f" (95 % interval {low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
+    settings = "\n".join(f"| `{key}` | {value} |" for key, value in config.flat(config.as_dict(run)).items())
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [lora, verifier, math]
+---
+# A verifier of mathematical solutions
+
+A LoRA adapter for `{base}`, trained with veritune {__version__}: given a question and a worked solution it says how
+likely the solution is correct.
+
+- After step {step:,}, on {quality["rows"]:,} held-out rows of {quality["questions"]:,} questions: accuracy
+  {accuracy:.3f}{interval}, AUROC {quality["auroc"]:.3f}, Brier {quality["brier"]:.3f}, log loss
+  {quality["log_loss"]:.3f}. {quality["share_true"]:.0%} of those rows are correct.
+- Trained on the dataset with fingerprint `{data}`.
+- The prompt and the two answer words are in `veritune.json`; use no others.
+
+```python
+from veritune.model.verifier import Verifier
+
+Verifier.load("this folder").score("What is 2 + 2?", ["2 + 2 = 4. The answer is 4.", "The answer is 5."])
+```
+
+| setting | value |
+|---|---|
+{settings}
+"""
