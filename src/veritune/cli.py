@@ -4,7 +4,6 @@ Exit codes: 0 done; 2 a mistake the message explains; 130 stopped by a signal. I
 verb needs them, so `--help` answers at once.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,11 +54,11 @@ def prepare(
 def train(args: Sequence[str]) -> None:
     """Trains a run file's adapter; flags override the file's keys (`veritune train run.toml --train.lr 1e-4`)."""
     file, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
-    run = tyro.cli(
+    run: config.Run = tyro.cli(
         config.Run,
         args=flags,
         prog="veritune train RUN.toml",
-        default=config.read_run(Path(file)) if file else None,
+        default=config.read_run(Path(file)) if file else tyro.MISSING_NONPROP,
         description="Trains the adapter that a run file describes, or goes on with it. RUN.toml holds these settings "
         "as tables; flags override it. The same command again resumes.",
     )
@@ -242,5 +241,4 @@ def fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     main()

@@ -89,7 +89,8 @@ class Train:
     lr: Annotated[float, Field(gt=0)] = 2e-4
     """The highest learning rate of the schedule."""
     optimizer: Optimizer = "adamw_torch"
-    """adamw_torch keeps 32-bit state; the 8-bit ones come from bitsandbytes; paged state moves to the host if needed."""
+    """adamw_torch keeps 32-bit state; the 8-bit ones come from bitsandbytes; paged state can move to
+    the host."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after warm-up. wsd: constant, then linear to 0 over the last `decay_ratio`."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -116,6 +117,8 @@ class Train:
     micro_batch_tokens: Annotated[int | None, Field(ge=64)] = None
     """Tokens computed at once; memory grows with it, the result does not depend on it. Default: 16384 on a GPU,
     2048 on a CPU."""
+    compile: bool = True
+    """On a GPU, compile each layer: about a minute at the start, then much faster. The result differs by rounding."""
     seed: int = 0
     """Decides the order of rows, the adapter's first weights and dropout."""
     start_from: str | None = None

@@ -43,7 +43,7 @@ USUAL = {
         "rationale",
         "reasoning",
     ),
-    LABEL: ("is_correct", "correct", "label", "correctness", "is_right", "is_solution_correct", "target", "verdict"),
+    LABEL: ("is_correct", "correct", "label", "correctness", "is_right", "is_solution_correct", "target"),
 }
 FLAGS = {QUESTION: "question", SOLUTION: "solution", LABEL: "label"}
 

@@ -1,30 +1,25 @@
 """Attention along trie paths, inside transformers' own models.
 
 Segment s has its own tokens as queries and its path as keys, causal from the bottom right. On CUDA in bf16 or fp16 that
-is one gather of keys and values along all paths and one `varlen_attn` call; elsewhere plain products, segment by segment.
+is one gather of keys and values along all paths and one variable-length FlashAttention call; elsewhere plain products,
+one segment after the other. Both stand behind one operator, `veritune::attend`, so that a compiled layer has no break.
 
 The function is registered with transformers under the name `veritune`; the paths reach it as the keyword `paths` of the
 model's forward. No mask is registered under that name, so transformers builds none.
 """
 
-import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from ..errors import ModelError
 from ..tokens.trie import Trie
 
 NAME = "veritune"
-# torch 2.11 has no grouped-query flag and takes causality as a window; later ones want the flag set.
-GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
-CAUSAL: dict[str, Any] = (
-    {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
-)
 # What some families pass to their attention function and a path cannot express.
 BEYOND_PATHS = ("softcap", "s_aux", "position_bias")
 
@@ -38,37 +33,17 @@ class Paths:
     paths: Tensor  # int32 [S + 1]
     longest_segment: int
     longest_path: int
-    bounds: tuple[tuple[int, int, int, int], ...]  # a segment's first and last token, its path's first and last entry
 
 
 def paths_of(trie: Trie, device: torch.device) -> Paths:
     """Moves a trie's paths to a device."""
-    tokens, entries = trie.segments.tolist(), trie.paths.tolist()
     return Paths(
         segments=torch.from_numpy(trie.segments).to(device, non_blocking=True),
         path=torch.from_numpy(trie.path).to(device, non_blocking=True),
         paths=torch.from_numpy(trie.paths).to(device, non_blocking=True),
         longest_segment=trie.longest_segment,
         longest_path=trie.longest_path,
-        bounds=tuple(zip(tokens, tokens[1:], entries, entries[1:], strict=False)),
     )
-
-
-class Gather(torch.autograd.Function):
-    """`states[path]`, whose gradient sums in float32: a bf16 sum over 64-256 paths would lose 1-2 %."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, path: Tensor) -> Tensor:
-        ctx.save_for_backward(path)
-        ctx.tokens = states.shape[0]
-        return states.index_select(0, path)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (path,) = ctx.saved_tensors
-        (grad,) = grads
-        total = torch.zeros((ctx.tokens, *grad.shape[1:]), dtype=torch.float32, device=grad.device)
-        return total.index_add_(0, path, grad.float()).to(grad.dtype), None
 
 
 def path_attention(
@@ -93,78 +68,167 @@ def path_attention(
     asked = [name for name in BEYOND_PATHS if extra.get(name) is not None]
     if asked or dropout:
         raise ModelError(f"its attention uses {', '.join(asked) or 'dropout'}")
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        k, v = Gather.apply(k, paths.path), Gather.apply(v, paths.path)
-        return _varlen(q, k, v, paths, scale)[None], None
-    wide = torch.promote_types(q.dtype, torch.float32)  # scores rounded to bf16 would be off by per cents
-    return BySegment.apply(q.to(wide), k.to(wide), v.to(wide), paths, scale)[None].to(q.dtype), None
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, paths: Paths, scale: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    options = dict(CAUSAL)
-    if groups > 1:
-        if GROUPED:
-            options["enable_gqa"] = True
-        else:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    out = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), paths.segments, paths.paths,
-        paths.longest_segment, paths.longest_path, scale=scale, **options,
+    out, _ = attend(
+        q, k, v, paths.segments, paths.path, paths.paths, paths.longest_segment, paths.longest_path, scale
     )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out
+    return out[None], None
 
 
-class BySegment(torch.autograd.Function):
-    """Attention with q [T, heads, d], k and v [T, key heads, d] -> [T, heads, d], one segment after the other, in
-    float32 or float64. The probabilities are computed again in the backward pass (Dao et al. 2022, section 3.1),
-    which adds each segment's gradients straight into its path's tokens.
+@torch.library.custom_op("veritune::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    path: Tensor,
+    paths: Tensor,
+    longest_segment: int,
+    longest_path: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [T, heads, d], k and v [T, key heads, d] -> [T, heads, d], and the log of the softmax's sums [heads, T]."""
+    if not _flash(q):
+        return _by_segment(q, k, v, segments, path, paths, scale), q.new_empty(0)
+    out, sums, *_ = torch.ops.aten._flash_attention_forward(
+        q, k[path], v[path], segments, paths, longest_segment, longest_path, 0.0, False, False,
+        scale=scale, window_size_left=-1, window_size_right=0,
+    )  # fmt: skip
+    return out, sums
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    sums = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if _flash(q) else q.new_empty(0)
+    return torch.empty_like(q), sums
+
+
+@torch.library.custom_op("veritune::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    segments: Tensor,
+    path: Tensor,
+    paths: Tensor,
+    longest_segment: int,
+    longest_path: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v.
+
+    Keys and values that many paths share sum theirs in float32: a bf16 sum over 64 to 256 paths would lose 1 to 2 %.
     """
+    if not _flash(q):
+        return _by_segment_backward(grad, q, k, v, out, segments, path, paths, scale)
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        grad.contiguous(), q, k[path], v[path], out, sums, segments, paths, longest_segment, longest_path, 0.0, False,
+        seed, unused, scale=scale, window_size_left=-1, window_size_right=0,
+    )  # fmt: skip
+    return dq, _sum_paths(dk, path, k), _sum_paths(dv, path, v)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, paths: Paths, scale: float) -> Tensor:
-        q, k, v = _grouped(q, k.shape[1]), k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-        out = torch.empty_like(q)
-        for first, last, start, end in paths.bounds:
-            path = paths.path[start:end]
-            p = _probabilities(q[:, :, first:last], k[:, path], scale)
-            out[:, :, first:last] = (p @ v[:, path]).view_as(out[:, :, first:last])
-        ctx.save_for_backward(q, k, v, out)
-        ctx.paths, ctx.scale = paths, scale
-        return _ungrouped(out)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out = ctx.saved_tensors
-        grad = _grouped(grads[0], k.shape[0])
-        # The softmax's own term: each query's gradient along its output.
-        along = (grad * out).sum(-1, keepdim=True)
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for first, last, start, end in ctx.paths.bounds:
-            path = ctx.paths.path[start:end]
-            queries, keys, values = q[:, :, first:last], k[:, path], v[:, path]
-            g = grad[:, :, first:last].flatten(1, 2)
-            p = _probabilities(queries, keys, ctx.scale)
-            dv.index_add_(1, path, p.transpose(1, 2) @ g)
-            ds = (g @ values.transpose(1, 2)).sub_(along[:, :, first:last].flatten(1, 2)).mul_(p).mul_(ctx.scale)
-            dq[:, :, first:last] = (ds @ keys).view_as(queries)
-            dk.index_add_(1, path, ds.transpose(1, 2) @ queries.flatten(1, 2))
-        return _ungrouped(dq), dk.transpose(0, 1), dv.transpose(0, 1), None, None
+def _sum_paths(gathered: Tensor, path: Tensor, like: Tensor) -> Tensor:
+    total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    return total.index_add_(0, path, gathered.float()).to(like.dtype)
+
+
+@attend_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.longest_segment, ctx.longest_path, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, segments, path, paths, out, sums = ctx.saved_tensors
+    grads = attend_backward(
+        grad, q, k, v, out, sums, segments, path, paths, ctx.longest_segment, ctx.longest_path, ctx.scale
+    )  # fmt: skip
+    return *grads, None, None, None, None, None, None
+
+
+attend.register_autograd(_backward, setup_context=_setup)
+
+
+def _flash(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _slices(segments: Tensor, path: Tensor, paths: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Each segment's first token, last token + 1, and its path."""
+    tokens, entries = segments.tolist(), paths.tolist()
+    for s in range(len(tokens) - 1):
+        yield tokens[s], tokens[s + 1], path[entries[s] : entries[s + 1]]
+
+
+def _by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, path: Tensor, paths: Tensor, scale: float) -> Tensor:
+    """In float32 or more: scores rounded to bf16 would be off by per cents."""
+    queries, keys, values = _grouped(q, k.shape[1]), _wide(k), _wide(v)
+    out = torch.empty_like(queries)
+    for first, last, own in _slices(segments, path, paths):
+        p = _probabilities(queries[:, :, first:last], keys[:, own], scale)
+        out[:, :, first:last] = (p @ values[:, own]).view_as(out[:, :, first:last])
+    return _ungrouped(out).to(q.dtype)
+
+
+def _by_segment_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    segments: Tensor,
+    path: Tensor,
+    paths: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The probabilities are computed again (Dao et al. 2022, section 3.1)."""
+    heads = k.shape[1]
+    queries, keys, values = _grouped(q, heads), _wide(k), _wide(v)
+    grads = _grouped(grad, heads)
+    # The softmax's own term: each query's gradient along its output.
+    along = (grads * _grouped(out, heads)).sum(-1, keepdim=True)
+    dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    for first, last, own in _slices(segments, path, paths):
+        q_, k_, v_ = queries[:, :, first:last], keys[:, own], values[:, own]
+        g = grads[:, :, first:last].flatten(1, 2)
+        p = _probabilities(q_, k_, scale)
+        dv.index_add_(1, own, p.transpose(1, 2) @ g)
+        ds = (g @ v_.transpose(1, 2)).sub_(along[:, :, first:last].flatten(1, 2)).mul_(p).mul_(scale)
+        dq[:, :, first:last] = (ds @ k_).view_as(q_)
+        dk.index_add_(1, own, ds.transpose(1, 2) @ q_.flatten(1, 2))
+    return (
+        _ungrouped(dq).to(q.dtype),
+        dk.transpose(0, 1).to(k.dtype).contiguous(),
+        dv.transpose(0, 1).to(v.dtype).contiguous(),
+    )
+
+
+def _wide(states: Tensor) -> Tensor:
+    """[T, heads, d] -> [heads, T, d] in float32 or more."""
+    return states.transpose(0, 1).to(torch.promote_types(states.dtype, torch.float32)).contiguous()
 
 
 def _grouped(states: Tensor, key_heads: int) -> Tensor:
-    """[T, heads, d] -> [key heads, heads of each, T, d]."""
+    """[T, heads, d] -> [key heads, heads of each, T, d] in float32 or more."""
     tokens, heads, width = states.shape
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     return states.view(tokens, key_heads, heads // key_heads, width).permute(1, 2, 0, 3).contiguous()
 
 
 def _ungrouped(states: Tensor) -> Tensor:
     """[key heads, heads of each, T, d] -> [T, heads, d]."""
-    return states.permute(2, 0, 1, 3).flatten(1, 2)
+    return states.permute(2, 0, 1, 3).flatten(1, 2).contiguous()
 
 
 def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -4,6 +4,8 @@
 trie batches compute what the model computes row by row.
 """
 
+import contextlib
+import io
 import os
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ from . import attention
 from .verdict import label_logits, rowwise_logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}  # of a hidden difference's norm to the logits' own spread
 
 
 @dataclass
@@ -67,12 +68,8 @@ def load_base(settings: config.Model) -> Base:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        if local.is_file():
-            model, tokenizer = _from_gguf(local, precision, device)
-        else:
-            name = str(local) if local.is_dir() else path
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = _from_folder(name, precision, device)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of other libraries
+            model, tokenizer = _load(path, local, precision, device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -82,6 +79,14 @@ def load_base(settings: config.Model) -> Base:
     model.requires_grad_(False)
     model.eval()
     return Base(model, tokenizer, device, precision, path)
+
+
+def _load(path: str, local: Path, precision: str, device: torch.device) -> tuple[Any, Any]:
+    if local.is_file():
+        return _from_gguf(local, precision, device)
+    name = str(local) if local.is_dir() else path
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return _from_folder(name, precision, device), tokenizer
 
 
 def _from_folder(name: str, precision: str, device: torch.device) -> Any:
@@ -131,24 +136,42 @@ def check_paths(base: Base, max_length: int) -> str | None:
     if window is not None and getattr(text, "use_sliding_window", True) and window < max_length:
         return f"it attends over a window of {window} tokens, less than prompt.max_length = {max_length}"
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.integers(0, text.vocab_size, n, dtype=np.int32)  # noqa: E731
+
+    def draw(tokens: int) -> np.ndarray:
+        return rng.integers(0, text.vocab_size, tokens, dtype=np.int32)
+
     head, question = draw(24), draw(24)
     rows = [np.concatenate((head, question, draw(n))) for n in (9, 17)] + [np.concatenate((head, draw(33)))]
     before = base.model.config._attn_implementation
     with torch.no_grad():
         stock = rowwise_logits(base.model, rows, base.device)
+        again = rowwise_logits(base.model, rows, base.device, after=draw(40))
         try:
             use_paths(base.model)
             ours = label_logits(base.model, build(rows), base.device)
         except (ModelError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             base.model.set_attn_implementation(before)
             return str(error).splitlines()[0]
-    center = stock - stock.mean(-1, keepdim=True)
-    error = float(((ours - stock).norm(dim=-1) / center.norm(dim=-1)).max())
-    if not error <= TOLERANCE[torch.float32 if base.precision == "fp32" else torch.bfloat16]:
+    spread = (stock - stock.mean(-1, keepdim=True)).norm(dim=-1)
+    difference = float(((ours - stock).norm(dim=-1) / spread).max())
+    # What rounding does to the model's own results when other tokens stand after the row.
+    rounding = float(((again - stock).norm(dim=-1) / spread).max())
+    if not difference <= max(1e-3, min(5 * rounding, 0.3)):
         base.model.set_attn_implementation(before)
-        return f"trie batches differ from row-by-row results by {error:.1%}"
+        return f"trie batches differ from row-by-row results by {difference:.1%} (rounding: {rounding:.1%})"
     return None
+
+
+def layers(model: Any) -> list[Any]:
+    """A model's decoder layers, first to last: those that transformers can recompute one by one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_layers(model: Any) -> None:
+    """Compiles each decoder layer when it first runs, once for every number of tokens: a minute at the start of a run,
+    and no kernel launch from Python for each small operation after that."""
+    for layer in layers(model):
+        layer.compile(dynamic=True)
 
 
 def set_training(model: Any, *, checkpointing: bool) -> None:

@@ -31,15 +31,17 @@ def label_logits(model: Any, trie: Trie, device: torch.device) -> Tensor:
     return out.logits[0].float()
 
 
-def rowwise_logits(model: Any, rows: list[np.ndarray], device: torch.device) -> Tensor:
+def rowwise_logits(model: Any, rows: list[np.ndarray], device: torch.device, after: np.ndarray | None = None) -> Tensor:
     """The same, row by row through the model's own attention: for models whose attention does more than paths express.
 
-    Slow, and exact by construction.
+    Slow, and exact by construction. Tokens in `after` stand behind each row, where a causal model cannot see them.
     """
     out = []
     for row in rows:
-        ids = torch.from_numpy(row.astype(np.int64)).to(device)
-        out.append(model(input_ids=ids[None], logits_to_keep=1, use_cache=False).logits[0, -1].float())
+        whole = row if after is None else np.concatenate((row, after))
+        ids = torch.from_numpy(whole.astype(np.int64)).to(device)
+        end = torch.tensor([len(row) - 1], device=device)
+        out.append(model(input_ids=ids[None], logits_to_keep=end, use_cache=False).logits[0, -1].float())
     return torch.stack(out)
 
 

@@ -6,11 +6,11 @@ added tokens, so that `<|im_end|>` in a solution is nine ordinary characters.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ..errors import DataError, ModelError
 from .prompt import Frame
@@ -26,6 +26,8 @@ class Encoder:
     frame: Frame
     content: Tokenizer
     control: frozenset[int]
+    unknown: int | None
+    """The token of what a vocabulary cannot spell, if the tokenizer has one."""
     prefix: Ids
     middle: Ids
     suffix: Ids
@@ -48,21 +50,33 @@ class Encoder:
         return rows, cut
 
     def texts(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of contents, none of them a control token. Raises DataError if a tokenizer cannot spell one out."""
-        encoded = self.content.encode_batch(list(texts), add_special_tokens=False)
-        out = [np.array(item.ids, dtype=np.int32) for item in encoded]
-        for i, ids in enumerate(out):
-            if not self.control.isdisjoint(ids.tolist()):
-                out[i] = self.spell(texts[i])
-        return out
+        """Ids of contents, none of them a control token. Raises DataError if a text is not valid Unicode or a tokenizer
+        cannot spell it out."""
+        try:
+            encoded = self.content.encode_batch(list(texts), add_special_tokens=False)
+        except TypeError:  # what tokenizers says to half of a surrogate pair
+            broken = next((text for text in texts if text != text.encode(errors="replace").decode()), "")
+            raise DataError(f"not valid Unicode: {broken[:80]!r}") from None
+        return [
+            np.array(item.ids if self.control.isdisjoint(item.ids) else self.spell(text, item), dtype=np.int32)
+            for text, item in zip(texts, encoded, strict=True)
+        ]
 
-    def spell(self, text: str) -> Ids:
-        """Character by character: for vocabularies that hold a control token's text as an ordinary piece."""
-        encoded = self.content.encode_batch(list(text), add_special_tokens=False)
-        ids = [i for item in encoded for i in item.ids]
+    def spell(self, text: str, encoded: Encoding) -> list[int]:
+        """Ids in which each control token is written out, letter by letter: for vocabularies that hold a control
+        token's text as an ordinary piece, and for characters they have no token for, which become question marks
+        (SmolLM2 has none for U+001D, and its unknown token is the one that ends a text)."""
+        ids: list[int] = []
+        for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            if token not in self.control:
+                ids.append(token)
+                continue
+            for letter in self.content.encode_batch(list(text[start:end]), add_special_tokens=False):
+                known = letter if self.unknown not in letter.ids else self.content.encode("?", add_special_tokens=False)
+                ids += known.ids
         if not self.control.isdisjoint(ids):
             raise DataError(f"this tokenizer cannot spell {text[:80]!r} without a control token")
-        return np.array(ids, dtype=np.int32)
+        return ids
 
     def shorten(self, ids: Ids, room: int) -> Ids:
         """Takes tokens out of the middle, leaving a mark, so that `room` are left."""
@@ -80,8 +94,10 @@ def encoder(frame: Frame, tokenizer: Any) -> Encoder:
     if backend is None:
         raise ModelError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json first")
     spec = json.loads(backend.to_str())
-    unknown = tokenizer.unk_token_id
-    control = frozenset(token["id"] for token in spec["added_tokens"]) - {unknown}
+    # Some vocabularies (Gemma's) add line breaks and runs of spaces as tokens of their own: those are ordinary text.
+    control = frozenset(
+        token["id"] for token in spec["added_tokens"] if token["special"] or token["content"].strip("\u2581 \t\r\n")
+    )
     spec["added_tokens"] = []
     for key in ("post_processor", "truncation", "padding"):
         spec[key] = None
@@ -97,5 +113,6 @@ def encoder(frame: Frame, tokenizer: Any) -> Encoder:
             f"prompt.max_length = {frame.max_length} leaves {room} tokens for question and solution; "
             f"the fixed prompt takes {frame.max_length - room}"
         )
-    cut = np.array(content.encode(CUT, add_special_tokens=False).ids, dtype=np.int32)
-    return Encoder(frame, content, control, prefix, middle, suffix, cut)
+    cut = np.zeros(0, dtype=np.int32)
+    plain = Encoder(frame, content, control, tokenizer.unk_token_id, prefix, middle, suffix, cut)
+    return replace(plain, cut=plain.texts([CUT])[0])

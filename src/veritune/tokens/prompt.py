@@ -51,7 +51,7 @@ def render(prompt: Prompt, tokenizer: Any) -> Frame:
     true, false = prompt.answers
     try:
         instruction = prompt.instruction.format(true=true, false=false)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"prompt.instruction: only {{true}} and {{false}} may stand in braces (double other braces): {error}"
         ) from None

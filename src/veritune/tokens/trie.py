@@ -7,6 +7,7 @@ in a transformer works token by token and needs only `ids` and `positions`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def shared(a: np.ndarray, b: np.ndarray) -> int:
 def build(rows: Sequence[np.ndarray], min_shared: int = MIN_SHARED) -> Trie:
     """The trie of rows (int32 [length] each, none empty), in any order, repeats allowed."""
     by_ids = order(rows)
-    common = [shared(rows[a], rows[b]) for a, b in zip(by_ids, by_ids[1:], strict=False)]
+    common = [shared(rows[a], rows[b]) for a, b in pairwise(by_ids)]
     pieces: list[np.ndarray] = []
     depths: list[np.ndarray] = []
     path_of: list[np.ndarray] = []
@@ -99,7 +100,7 @@ def split(rows: Sequence[np.ndarray], budget: int) -> list[list[int]]:
     """
     by_ids = order(rows)
     fresh = [len(rows[by_ids[0]])]
-    for a, b in zip(by_ids, by_ids[1:], strict=False):
+    for a, b in pairwise(by_ids):
         common = shared(rows[a], rows[b])
         fresh.append(len(rows[b]) - (common if common >= MIN_SHARED else 0))
     # One batch more for each budget's worth: each begins again with what its first row shares with the one before.

@@ -23,4 +23,5 @@ def make(parameters: list[torch.nn.Parameter], settings: config.Train) -> torch.
         case "paged_adamw_32bit":
             return PagedAdamW32bit(parameters, lr=lr, weight_decay=decay)
         case "lion_8bit":
-            return Lion8bit(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=decay)
+            # Its signature says int where it means float.
+            return Lion8bit(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=decay)  # pyright: ignore[reportArgumentType]

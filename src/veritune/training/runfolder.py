@@ -9,7 +9,7 @@ from ..errors import ConfigError
 
 RUN = "run.json"
 # Settings that may change between two sessions of a run: none of them alters what is learnt.
-FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "train.micro_batch_tokens",
+FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "train.micro_batch_tokens", "train.compile",
         "train.gradient_checkpointing")  # fmt: skip
 
 

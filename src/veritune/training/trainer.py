@@ -189,6 +189,8 @@ def prepare(run: config.Run, console: Console) -> Training:
         console.print(f"[yellow]{run.model.path}: rows are computed one by one, slowly, because {reason}[/yellow]")
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=run.train.start_from)
     load.set_training(model, checkpointing=run.train.gradient_checkpointing)
+    if run.train.compile and base.device.type == "cuda" and reason is None:
+        load.compile_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     return Training(
         run=run,

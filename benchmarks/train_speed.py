@@ -1,0 +1,151 @@
+"""Training speed of veritune on one GPU: examples/s, tokens/s, share of the card's matrix rate, peak memory.
+
+    python benchmarks/train_speed.py ROWS.npz [--shape 8b | --model FOLDER] [--base bf16] [--together 8] [--profile]
+
+ROWS comes from workload.py. Weights of a shape are random: speed needs no others.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import workload
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from veritune import config
+from veritune.model import adapter, load
+from veritune.model.verdict import label_logits, label_loss
+from veritune.tokens.trie import build, split
+from veritune.training import optimizer
+
+SHAPES = {
+    "8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={"rope_theta": 500000.0, "rope_type": "default"},
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=128256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def random_base(shape: str, device: torch.device) -> load.Base:
+    """A model with random bf16 weights, made on the device."""
+    torch.manual_seed(0)
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+    torch.set_default_dtype(was)
+    model = model.to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        tensor.fill_(1) if "norm" in name else tensor.normal_(std=0.02)
+    rotary = model.model.rotary_emb
+    inverse, _ = type(rotary).compute_default_rope_parameters(model.config, device)
+    rotary.inv_freq.copy_(inverse), rotary.original_inv_freq.copy_(inverse)
+    model.requires_grad_(False).eval()
+    return load.Base(model, None, device, "bf16", shape)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of an 8192-cubed bf16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize()
+    return 2 * 8192**3 * 10 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--model", help="real weights instead of a shape")
+    parser.add_argument("--base", default="bf16")
+    parser.add_argument("--together", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--micro-batch-tokens", type=int, default=16384)
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="steps in a window")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    o = parser.parse_args()
+    device = load.pick_device("auto")
+    rows, labels, questions, answers = workload.read(o.rows)
+    base = load.load_base(config.Model(path=o.model, base=o.base)) if o.model else random_base(o.shape, device)
+    print("paths:", load.check_paths(base, 2048) or "ok", flush=True)
+    model = adapter.add_adapter(base, config.Lora(), seed=0)
+    load.set_training(model, checkpointing=o.checkpointing)
+    if not o.eager:
+        load.compile_layers(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    stepper = optimizer.make(parameters, config.Train())
+    frozen = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad and "embed" not in n)
+    starts = np.flatnonzero(np.r_[True, questions[1:] != questions[:-1]])
+    picks = np.concatenate([np.arange(s, min(s + o.together, len(rows))) for s in starts])
+
+    def batch(step: int) -> list:
+        at = (step * o.examples) % (len(picks) - o.examples)
+        chosen = picks[at : at + o.examples]
+        parts = split([rows[i] for i in chosen], o.micro_batch_tokens)
+        return [(build([rows[chosen[i]] for i in p]), torch.from_numpy(labels[chosen[p]])) for p in parts]
+
+    def step(micros: list) -> None:
+        for trie, y in micros:
+            label_loss(label_logits(model, trie, device), y.to(device), answers).div(o.examples).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        stepper.step()
+        stepper.zero_grad(set_to_none=True)
+
+    count = 3 + o.windows * o.steps
+    micros = [batch(i) for i in range(count)]
+    start = time.perf_counter()
+    step(micros[0])
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    for i in (1, 2):
+        step(micros[i])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds, tokens = [], []
+    for window in range(o.windows):
+        start = time.perf_counter()
+        part = micros[3 + window * o.steps : 3 + (window + 1) * o.steps]
+        for m in part:
+            step(m)
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / o.steps)
+        tokens.append(sum(t.tokens for m in part for t, _ in m) / o.steps)
+    speeds = sorted(o.examples / s for s in seconds)
+    rates = sorted(t / s for t, s in zip(tokens, seconds, strict=True))
+    rate = matrix_rate(device)
+    plain = sum(len(rows[i]) for i in picks) / len(picks)
+    result = {
+        "engine": f"veritune {o.base}", "model": o.model or o.shape, "together": o.together,
+        "examples/s": round(speeds[len(speeds) // 2], 1), "tokens/s": round(rates[len(rates) // 2]),
+        "share of matrix rate": round(rates[len(rates) // 2] * 4 * frozen / rate, 3),
+        "TFLOP/s of matrix rate": round(rate / 1e12), "mean length": round(plain, 1),
+        "tokens a row": round(float(np.mean(tokens)) / o.examples, 1),
+        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1), "first step s": round(first, 1),
+        "device": torch.cuda.get_device_name(),
+    }  # fmt: skip
+    print("RESULT " + json.dumps(result), flush=True)
+    if o.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+            step(micros[4])
+            torch.cuda.synchronize()
+        print(prof.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=70)[:7000])
+
+
+if __name__ == "__main__":
+    main()

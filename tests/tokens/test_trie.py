@@ -1,0 +1,179 @@
+"""A trie holds exactly its rows, each shared beginning once; cutting into micro-batches loses and repeats none."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veritune.tokens.trie import MIN_SHARED, Trie, build, order, shared, split
+
+Rows = list[np.ndarray]
+
+
+def row(*ids: int) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
+
+
+def rows_of_few_words() -> st.SearchStrategy[Rows]:
+    """Rows over two letters: most share a beginning, many are beginnings of others or equal."""
+    letters = st.lists(st.integers(0, 1), min_size=1, max_size=10)
+    return st.lists(letters, min_size=1, max_size=12).map(lambda rows: [row(*ids) for ids in rows])
+
+
+def rows_of_parts() -> st.SearchStrategy[Rows]:
+    """Rows put together from a few long parts, as an instruction, questions and solutions are; ids of any size."""
+    part = st.lists(st.sampled_from([0, 1, 127, 128, 255, 256, 49151, 151935, 2**31 - 1]), min_size=1, max_size=25)
+
+    def joined(parts: list[list[int]]) -> st.SearchStrategy[Rows]:
+        one = st.lists(st.sampled_from(parts), min_size=1, max_size=4).map(lambda chosen: row(*sum(chosen, [])))
+        return st.lists(one, min_size=1, max_size=12)
+
+    return st.lists(part, min_size=1, max_size=5).flatmap(joined)
+
+
+def some_rows() -> st.SearchStrategy[Rows]:
+    return st.one_of(rows_of_few_words(), rows_of_parts())
+
+
+def walk(trie: Trie, number: int) -> np.ndarray:
+    """The token numbers that row `number` reads: its segment's path, up to its last token."""
+    end = int(trie.ends[number])
+    segment = int(np.searchsorted(trie.segments, end, side="right")) - 1
+    path = trie.path[trie.paths[segment] : trie.paths[segment + 1]]
+    return path[: path.tolist().index(end) + 1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(some_rows(), st.integers(1, 12))
+def test_every_row_reads_its_own_ids(rows: Rows, min_shared: int) -> None:
+    trie = build(rows, min_shared)
+    for number, expected in enumerate(rows):
+        tokens = walk(trie, number)
+        assert trie.ids[tokens].tolist() == expected.tolist()
+        assert trie.positions[tokens].tolist() == list(range(len(expected)))
+    assert trie.tokens <= sum(len(each) for each in rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_rows())
+def test_with_any_sharing_it_is_the_radix_tree(rows: Rows) -> None:
+    beginnings = {tuple(each[: n + 1].tolist()) for each in rows for n in range(len(each))}
+    assert build(rows, min_shared=1).tokens == len(beginnings)
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_rows(), st.integers(1, 12))
+def test_arrays_are_what_attention_expects(rows: Rows, min_shared: int) -> None:
+    trie = build(rows, min_shared)
+    assert [a.dtype for a in (trie.ids, trie.positions, trie.path, trie.ends)] == [np.dtype(np.int64)] * 4
+    assert [a.dtype for a in (trie.segments, trie.paths)] == [np.dtype(np.int32)] * 2
+    lengths, path_lengths = np.diff(trie.segments), np.diff(trie.paths)
+    assert trie.segments[0] == trie.paths[0] == 0
+    assert trie.segments[-1] == trie.tokens == len(trie.positions)
+    assert trie.paths[-1] == len(trie.path)
+    assert (lengths > 0).all()
+    assert trie.longest_segment == lengths.max()
+    assert trie.longest_path == path_lengths.max() == max(len(each) for each in rows)
+    for s, (first, last) in enumerate(zip(trie.segments, trie.segments[1:], strict=False)):
+        path = trie.path[trie.paths[s] : trie.paths[s + 1]]
+        # Causal from the bottom right: a path ends with the segment's own tokens, and its places count up from 0.
+        assert path[-(last - first) :].tolist() == list(range(first, last))
+        assert trie.positions[path].tolist() == list(range(len(path)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(some_rows(), st.randoms(use_true_random=False))
+def test_the_order_of_rows_does_not_change_the_trie(rows: Rows, random: object) -> None:
+    shuffled = list(range(len(rows)))
+    random.shuffle(shuffled)  # pyright: ignore[reportAttributeAccessIssue]
+    a, b = build(rows), build([rows[i] for i in shuffled])
+    assert a.ids.tolist() == b.ids.tolist()
+    assert a.path.tolist() == b.path.tolist()
+    assert [walk(a, i).tolist() for i in shuffled] == [walk(b, i).tolist() for i in range(len(rows))]
+
+
+def test_three_levels() -> None:
+    head, questions = list(range(100, 120)), [list(range(200, 215)), list(range(300, 312))]
+    rows = [row(*head, *question, *[n] * 9) for question in questions for n in (1, 2, 3)]
+    trie = build(rows)
+    assert len(trie.segments) - 1 == 1 + 2 + 6
+    assert trie.tokens == 20 + 15 + 12 + 6 * 9
+    assert trie.longest_path == 44
+
+
+def test_equal_rows_are_one_segment() -> None:
+    trie = build([row(1, 2, 3)] * 5)
+    assert trie.ids.tolist() == [1, 2, 3]
+    assert trie.ends.tolist() == [2] * 5
+
+
+def test_a_short_shared_beginning_is_not_worth_a_segment() -> None:
+    alike = list(range(MIN_SHARED - 1))
+    rows = [row(*alike, 50, 51), row(*alike, 60, 61)]
+    assert build(rows).tokens == 2 * (MIN_SHARED + 1)
+    longer = [row(*alike, 40, 50, 51), row(*alike, 40, 60, 61)]
+    assert build(longer).tokens == MIN_SHARED + 2 * 2
+
+
+def test_a_row_that_another_goes_on_from_shares_all_of_itself() -> None:
+    trie = build([row(1, 2, 3), row(1, 2, 3, 4), row(1, 2)])
+    assert trie.tokens == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_rows())
+def test_order_is_that_of_the_ids(rows: Rows) -> None:
+    assert [rows[i].tolist() for i in order(rows)] == sorted(each.tolist() for each in rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_of_few_words())
+def test_shared_is_the_common_beginning(rows: Rows) -> None:
+    a, b = rows[0], rows[-1]
+    n = shared(a, b)
+    assert a[:n].tolist() == b[:n].tolist()
+    assert n == min(len(a), len(b)) or a[n] != b[n]
+
+
+@settings(max_examples=150, deadline=None)
+@given(some_rows(), st.integers(1, 150))
+def test_split_gives_each_row_once(rows: Rows, budget: int) -> None:
+    parts = split(rows, budget)
+    assert sorted(i for part in parts for i in part) == list(range(len(rows)))
+    assert all(parts)
+
+
+def worst_excess(rows: Rows, budget: int) -> float:
+    """By how much the largest micro-batch's trie is over the budget, rows that alone are over it left out."""
+    parts = [part for part in split(rows, budget) if len(part) > 1]
+    return max((build([rows[i] for i in part]).tokens / budget - 1 for part in parts), default=0.0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(some_rows(), st.integers(10, 150))
+def test_split_keeps_the_budget(rows: Rows, budget: int) -> None:
+    assert worst_excess(rows, budget) <= 0
+
+
+def worked_rows(seed: int, questions: int, each: int) -> Rows:
+    """An instruction of 60 tokens, questions of 20-120 and solutions of 30-300 that begin alike more or less."""
+    rng = np.random.default_rng(seed)
+    head, rows = rng.integers(0, 50_000, 60), []
+    for _ in range(questions):
+        asked, usual = rng.integers(0, 50_000, rng.integers(20, 120)), rng.integers(0, 50_000, 40)
+        for _ in range(each):
+            solution = rng.integers(0, 50_000, rng.integers(30, 300))
+            rows.append(np.concatenate((head, asked, usual[: rng.integers(0, 40)], solution)).astype(np.int32))
+    return rows
+
+
+@pytest.mark.parametrize(("questions", "each"), [(1, 64), (8, 8), (64, 1)])
+@pytest.mark.parametrize("budget", [512, 2048, 16384])
+def test_split_on_rows_as_they_come(questions: int, each: int, budget: int) -> None:
+    rows = worked_rows(questions, questions, each)
+    parts = split(rows, budget)
+    assert worst_excess(rows, budget) <= 0
+    sizes = [build([rows[i] for i in part]).tokens for part in parts]
+    # No micro-batch more than needed, but for what cutting repeats; about equal in size.
+    assert len(parts) <= 1.35 * build(rows).tokens / budget + 2
+    assert len(parts) < 4 or min(sizes) > 0.3 * max(sizes)
