@@ -1,4 +1,4 @@
-"""What a row's ids may and may not be: content isolation, what is cut from a long row, what rows of a question share."""
+"""What a row's ids may and may not be: content isolation, what a long row loses, what rows of a question share."""
 
 import functools
 import json

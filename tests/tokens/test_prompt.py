@@ -109,7 +109,16 @@ def test_a_control_token_in_the_instruction_is_the_users_own(bpe: Any) -> None:
 def test_braces_in_the_instruction(bpe: Any) -> None:
     frame = render(config.Prompt(instruction="Sets are {{1, 2}}. Say {true} or {false}."), bpe)
     assert "Sets are {1, 2}. Say True or False." in frame.prefix
-    for instruction in ("Say {yes}.", "Say {}.", "Say {0}.", "A set {1, 2}", "half {", "half }", "{true.real}", "{true[x]}"):
+    for instruction in (
+        "Say {yes}.",
+        "Say {}.",
+        "Say {0}.",
+        "A set {1, 2}",
+        "half {",
+        "half }",
+        "{true.real}",
+        "{true[x]}",
+    ):
         with pytest.raises(ConfigError, match=r"prompt\.instruction: only {true} and {false}"):
             render(config.Prompt(instruction=instruction), bpe)
 
@@ -156,12 +165,14 @@ def test_a_template_that_strips_keeps_the_row(bpe: Any) -> None:
 
 def test_a_template_that_thinks_is_told_not_to(bpe: Any) -> None:
     """Qwen 3's: the answer word must be the assistant's first, not the first of a train of thought."""
-    thinking = with_template(bpe, CHAT + "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}")
+    thinking = with_template(
+        bpe, CHAT + "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}"
+    )
     assert render(config.Prompt(), thinking).suffix.endswith("assistant\n<think>")
 
 
 def test_a_frame_survives_json(bpe: Any) -> None:
-    frame = render(config.Prompt(instruction="Ünïcode \u2028 \\ \" {{}} Say {true}.", max_length=300), bpe)
+    frame = render(config.Prompt(instruction='Ünïcode \u2028 \\ " {{}} Say {true}.', max_length=300), bpe)
     again = Frame.from_json(json.loads(json.dumps(frame.to_json())))
     assert again == frame
     assert isinstance(again.answer_ids, tuple)
