@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,15 @@ def smollm2() -> Path:
         return Path(embedded_model())
     except MissingError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_base(smollm2: Path) -> Any:
+    """SmolLM2 in float32 on the CPU, loaded once (its GGUF takes 20 s): whoever changes it works on a copy."""
+    from veritune import config
+    from veritune.model import load
+
+    return load.load_base(config.Model(path=str(smollm2), base="fp32", device="cpu"))
 
 
 @pytest.fixture(scope="session")

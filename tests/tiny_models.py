@@ -21,7 +21,7 @@ WORDS = ("True", "False", "Yes", "No")
 SMALL = {
     "vocab_size": 300,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

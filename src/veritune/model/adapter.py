@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from transformers.pytorch_utils import Conv1D
 
 from .. import __version__, config
 from ..errors import ConfigError, MissingError, ModelError
@@ -40,24 +50,33 @@ class About:
 def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str | None = None) -> Any:
     """A trainable LoRA adapter on a base: fresh (B = 0), or an existing PEFT adapter. Returns a PEFT model.
 
-    Raises ConfigError if the targets match nothing or an existing adapter has other shapes than the settings.
+    Raises ConfigError if a target matches nothing or an existing adapter has other shapes than the settings.
     """
     torch.manual_seed(seed)
     if start_from is not None:
-        model = load_adapter(base, start_from, trainable=True)
+        model = load_adapter(base, start_from, trainable=True, dropout=settings.dropout)
         found = model.peft_config["default"]
+        targets = found.target_modules or ()
         differing = [
             f"{name} {have} instead of {want}"
             for name, have, want in (
                 ("rank", found.r, settings.rank),
                 ("alpha", found.lora_alpha, settings.alpha),
-                ("targets", sorted(found.target_modules or ()), sorted(settings.targets)),
+                ("targets", [targets] if isinstance(targets, str) else sorted(targets), sorted(settings.targets)),
             )
             if have != want
         ]
         if differing:
             raise ConfigError(f"train.start_from = {start_from!r}: the adapter has {'; '.join(differing)} as in [lora]")
         return model
+    names = dict(base.model.named_modules())
+    unmatched = [target for target in settings.targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unmatched:
+        have = {name.rpartition(".")[2] for name, it in names.items() if isinstance(it, torch.nn.Linear | Conv1D)}
+        raise ConfigError(
+            f"lora.targets: {', '.join(unmatched)} {'name' if len(unmatched) > 1 else 'names'} no layer of this model; "
+            f"its linear layers are {', '.join(sorted(have - {'lm_head'}))}"
+        )
     wanted = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
@@ -76,18 +95,42 @@ def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str
     return model
 
 
-def load_adapter(base: Base, path: str | Path, *, trainable: bool = False) -> Any:
-    """An adapter in PEFT's format on a base. Raises MissingError or ModelError."""
+def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropout: float | None = None) -> Any:
+    """A LoRA adapter in PEFT's format on a base, whole or not at all. `dropout`: in place of the adapter's own.
+
+    Raises MissingError or ModelError.
+    """
     folder = Path(path).expanduser()
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+    file = folder / "adapter_model.safetensors"
+    if not (folder / "adapter_config.json").is_file() or not file.is_file():
         raise MissingError(f"{path}: not an adapter folder (adapter_config.json and adapter_model.safetensors)")
     try:
-        model = PeftModel.from_pretrained(
-            base.model, str(folder), is_trainable=trainable, torch_device=str(base.device)
-        )
-    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        described: Any = PeftConfig.from_pretrained(str(folder))
+        if described.peft_type != PeftType.LORA:
+            raise ValueError(f"it is of the kind {described.peft_type.value}, not LORA")
+        if dropout is not None:
+            described.lora_dropout = dropout
+        with safe_open(file, "pt") as stored:
+            there = set(stored.keys())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is checked below
+            model = PeftModel.from_pretrained(
+                base.model, str(folder), config=described, is_trainable=trainable, torch_device=str(base.device)
+            )
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError, SafetensorError) as error:
+        reason = " ".join((str(error).splitlines() or [type(error).__name__])[:2])
         raise ModelError(f"{path}: this adapter does not fit the base model {base.path!r}: {reason}") from error
+    # PEFT leaves out, or makes up, what it finds no counterpart for.
+    wanted = weights(model)
+    astray = sorted(wanted.keys() - there) + sorted(name for name in there - wanted.keys() if "lora_" in name)
+    if astray:
+        raise ModelError(
+            f"{path}: this adapter does not fit the base model {base.path!r}: {len(astray)} tensors are there in one "
+            f"and not in the other, {astray[0]} for one"
+        )
+    broken = [name for name, value in wanted.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ModelError(f"{path}: {len(broken)} of the adapter's tensors are not finite, {broken[0]} for one")
     lora.speed_up(model)
     return model
 
@@ -112,8 +155,10 @@ def files(model: Any, about: About, card: str) -> dict[str, bytes | dict[str, to
     settings.base_model_name_or_path = about.base
     with tempfile.TemporaryDirectory() as scratch:
         settings.save_pretrained(scratch)
-        described = (Path(scratch) / "adapter_config.json").read_bytes()
+        described = json.loads((Path(scratch) / "adapter_config.json").read_bytes())
     settings.inference_mode = was
+    if isinstance(described["target_modules"], list):
+        described["target_modules"].sort()  # PEFT writes a set, whose order differs from process to process
     values = {
         "frame": about.frame.to_json(),
         "base": about.base,
@@ -123,7 +168,7 @@ def files(model: Any, about: About, card: str) -> dict[str, bytes | dict[str, to
     }
     return {
         "adapter_model.safetensors": weights(model),
-        "adapter_config.json": described,
+        "adapter_config.json": json.dumps(described, indent=2).encode(),
         ABOUT: json.dumps(values, indent=1, ensure_ascii=False).encode(),
         "README.md": card.encode(),
     }

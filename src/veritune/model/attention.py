@@ -9,6 +9,7 @@ model's forward. No mask is registered under that name, so transformers builds n
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,3 +242,19 @@ def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 AttentionInterface.register(NAME, path_attention)
+
+
+@contextmanager
+def witness() -> Iterator[set[int]]:
+    """The ids of the modules whose attention went along paths inside the block, as it fills."""
+    seen: set[int] = set()
+
+    def witnessed(module: torch.nn.Module, *inputs: Any, **options: Any) -> tuple[Tensor, None]:
+        seen.add(id(module))
+        return path_attention(module, *inputs, **options)
+
+    AttentionInterface.register(NAME, witnessed)
+    try:
+        yield seen
+    finally:
+        AttentionInterface.register(NAME, path_attention)

@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from bitsandbytes.nn.modules import Linear4bit
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -70,7 +73,7 @@ def load_base(settings: config.Model) -> Base:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # bars of other libraries
             model, tokenizer = _load(path, local, precision, device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model.path = {path!r}: cannot be loaded: {reason}. It must be a hub id (with a network, or in the local "
@@ -98,22 +101,37 @@ def _from_folder(name: str, precision: str, device: torch.device) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    model = _whole(AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options))
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with bf16 products it would repack its weights in the first pass without gradients, for a kernel
+            # that from then on lets no gradient through.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _from_gguf(file: Path, precision: str, device: torch.device) -> tuple[Any, Any]:
     """A GGUF's weights, dequantised. transformers refuses GGUF and NF4 at once, so NF4 goes through a saved folder."""
     folder, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=DTYPES[precision]
-    )
+    options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": DTYPES[precision]}
+    model = _whole(AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options))
     if precision != "nf4":
-        return model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
+        return model.to(device), tokenizer
     with tempfile.TemporaryDirectory(prefix="veritune-gguf-") as scratch:
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(scratch)
         return _from_folder(scratch, precision, device), tokenizer
+
+
+def _whole(loaded: Any) -> Any:
+    """A model without the report of its loading. Raises ValueError for weights that are not there: transformers would
+    make them up at random."""
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{len(missing)} weights are not there, {missing[0]} for one")
+    return model
 
 
 def use_paths(model: Any) -> None:
@@ -125,16 +143,14 @@ def check_paths(base: Base, max_length: int) -> str | None:
     """Switches `base.model` to path attention if it computes the same as row by row; otherwise says why it does not
     and leaves the model as it was.
 
-    Windows shorter than `max_length` are read off the configuration; soft caps and sinks show in what a model asks of
-    its attention function; recurrent and convolutional layers show in the numbers, on rows that share a beginning.
+    What shows in long rows only is read off the configuration; soft caps and sinks show in what a model asks of its
+    attention function; a layer that does not attend through that function has not called it; and all else shows in the
+    numbers, on rows that share a beginning.
     """
     text = base.model.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"it has layers of type {', '.join(sorted(kinds))}"
-    window = getattr(text, "sliding_window", None)
-    if window is not None and getattr(text, "use_sliding_window", True) and window < max_length:
-        return f"it attends over a window of {window} tokens, less than prompt.max_length = {max_length}"
+    reason = _beyond_paths(text, max_length)
+    if reason:
+        return reason
     rng = np.random.default_rng(0)
 
     def draw(tokens: int) -> np.ndarray:
@@ -148,18 +164,46 @@ def check_paths(base: Base, max_length: int) -> str | None:
         again = rowwise_logits(base.model, rows, base.device, after=draw(40))
         try:
             use_paths(base.model)
-            ours = label_logits(base.model, build(rows), base.device)
+            with attention.witness() as attended:
+                ours = label_logits(base.model, build(rows), base.device)
+            reason = _differ(stock, again, ours, exact=base.precision == "fp32")
         except (ModelError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
-            base.model.set_attn_implementation(before)
-            return str(error).splitlines()[0]
-    spread = (stock - stock.mean(-1, keepdim=True)).norm(dim=-1)
-    difference = float(((ours - stock).norm(dim=-1) / spread).max())
-    # What rounding does to the model's own results when other tokens stand after the row.
-    rounding = float(((again - stock).norm(dim=-1) / spread).max())
-    if not difference <= max(1e-3, min(5 * rounding, 0.3)):
+            reason, attended = str(error).splitlines()[0], set()
+    if reason is None and len(attended) != text.num_hidden_layers:
+        reason = f"{len(attended)} of its {text.num_hidden_layers} layers attend through transformers' interface"
+    if reason:
         base.model.set_attn_implementation(before)
-        return f"trie batches differ from row-by-row results by {difference:.1%} (rounding: {rounding:.1%})"
+    return reason
+
+
+def _beyond_paths(text: Any, max_length: int) -> str | None:
+    """What a configuration tells of layers that paths cannot express, in rows of up to `max_length` tokens."""
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    window = getattr(text, "sliding_window", None)
+    if window is not None and getattr(text, "use_sliding_window", True) and window < max_length:
+        return f"it attends over a window of {window} tokens, less than prompt.max_length = {max_length}"
+    rotary = getattr(text, "rope_parameters", None) or {}
+    for turn in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
+        if turn.get("rope_type") in ("dynamic", "longrope"):
+            limit = turn.get("original_max_position_embeddings") or text.max_position_embeddings
+            if limit < max_length:
+                return f"the longest row of a batch turns the positions of all beyond {limit} tokens"
     return None
+
+
+def _differ(stock: Tensor, again: Tensor, ours: Tensor, *, exact: bool) -> str | None:
+    """Whether label logits [rows, vocabulary] of a trie are off by more than rounding. `again`: the stock ones with
+    other tokens behind each row, which tells how far low precision carries a rounding error."""
+    if ours.shape != stock.shape:
+        return "it does not take the positions at which logits are wanted"
+    spread = (stock - stock.mean(-1, keepdim=True)).norm(dim=-1)
+    difference, rounding = (float(((other - stock).norm(dim=-1) / spread).max()) for other in (ours, again))
+    allowed = 1e-3 if exact else max(0.05, min(5 * rounding, 0.3))
+    if difference <= allowed:
+        return None
+    return f"trie batches differ from row-by-row results by {difference:.1%} (rounding: {rounding:.1%})"
 
 
 def layers(model: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 
 from .. import config
 from ..tokens.encode import Encoder, encoder
+from ..tokens.prompt import check_answers
 from ..tokens.trie import split
 from . import adapter, load
 from .verdict import logits, p_correct
@@ -55,12 +56,13 @@ class Verifier:
             config.Model, {"path": base or about.base, "base": precision, "device": device}, "verifier"
         )
         loaded = load.load_base(settings)
+        check_answers(about.frame, loaded.tokenizer)
         reason = load.check_paths(loaded, about.frame.max_length)
         if reason:
             warn(f"{settings.path}: rows are scored one by one, slowly, because {reason}")
         model = adapter.load_adapter(loaded, path)
         model.eval()
-        digest = hashlib.sha256((Path(path) / "adapter_model.safetensors").read_bytes())
+        digest = hashlib.sha256((Path(path).expanduser() / "adapter_model.safetensors").read_bytes())
         digest.update(json.dumps([about.frame.to_json(), settings.path, precision], sort_keys=True).encode())
         return Verifier(
             model=model,

@@ -9,8 +9,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from ..config import Prompt
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 
 QUESTION, SOLUTION = "\u2045question\u2046", "\u2045solution\u2046"
 BODY = f"{{instruction}}\n\nQuestion:\n{QUESTION}\n\nSolution:\n{SOLUTION}"
@@ -38,9 +40,13 @@ class Frame:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> "Frame":
-        pairs = {name: tuple(values[name]) for name in ("answers", "answer_ids")}
-        return Frame(**{**values, **pairs})
+    def from_json(values: Any) -> "Frame":
+        """Raises ValueError for values that `to_json` would not have written."""
+        try:
+            return TypeAdapter(Frame).validate_python(values)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors()]
+        raise ValueError("; ".join(wrong))
 
 
 def render(prompt: Prompt, tokenizer: Any) -> Frame:
@@ -68,6 +74,17 @@ def render(prompt: Prompt, tokenizer: Any) -> Frame:
     if ids[0] == ids[1]:
         raise ConfigError(f"prompt.answers = {prompt.answers}: the two words must differ in their token")
     return Frame(prefix, middle, suffix, prompt.answers, (ids[0], ids[1]), prompt.max_length)
+
+
+def check_answers(frame: Frame, tokenizer: Any) -> None:
+    """Raises ModelError if a frame's answer tokens are not its words in this tokenizer: it is another model's."""
+    for word, number in zip(frame.answers, frame.answer_ids, strict=True):
+        read = tokenizer.decode([number]).strip() if 0 <= number < len(tokenizer) else None
+        if read != word.strip():
+            raise ModelError(
+                f"the adapter answers {word!r} with token {number}, which is {read!r} for this base model's tokenizer: "
+                "it was trained on another base model"
+            )
 
 
 def _chat(body: str, tokenizer: Any) -> str:
