@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-# Tiny models are slower on many threads than on two. Read when torch is imported, which most tests never do.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 2)))
+# Beside other work, two threads that wait for each other are ten times slower than one. Read when torch is imported,
+# which most tests never do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
