@@ -33,7 +33,7 @@ def one(words: tuple[str, str], together: int, options: argparse.Namespace) -> d
     recipe.write_text(
         f'out = "{run}"\n[data]\npath = "{options.out / "prepared"}"\n{rows}[model]\npath = "{options.model}"\n'
         f"[prompt]\nanswers = {json.dumps(words)}\nmax_length = 1024\n[train]\nlr = {options.lr}\nbatch_size = "
-        f"{options.batch}\nper_question = {together}\n[validation]\nevery = {options.every}\n"
+        f"{options.batch}\nper_question = {together}\n[validation]\nevery = {options.every}\nrows = 500\n"
         f"[checkpoint]\nevery = {options.every}\n"
     )
     veritune("train", str(recipe), log=log)

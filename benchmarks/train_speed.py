@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veritune import config
 from veritune.model import adapter, load
+from veritune.model.compiled import compile_layers
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import build, split
 from veritune.training import optimizer
@@ -86,8 +87,6 @@ def main() -> None:
     print("paths:", load.check_paths(base, 2048) or "ok", flush=True)
     model = adapter.add_adapter(base, config.Lora(), seed=0)
     load.set_training(model, checkpointing=o.checkpointing)
-    if not o.eager:
-        load.compile_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     stepper = optimizer.make(parameters, config.Train())
     frozen = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad and "embed" not in n)
@@ -109,6 +108,10 @@ def main() -> None:
 
     count = 3 + o.windows * o.steps
     micros = [batch(i) for i in range(count)]
+    if not o.eager:
+        trie, y = micros[0][0]
+        problem = compile_layers(model, lambda: label_loss(label_logits(model, trie, device), y.to(device), answers))
+        print("compiled:", problem or "ok", flush=True)
     start = time.perf_counter()
     step(micros[0])
     torch.cuda.synchronize()

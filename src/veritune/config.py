@@ -119,7 +119,7 @@ class Train:
     2048 on a CPU."""
     compile: bool = True
     """On a GPU, compile each layer: about a minute at the start, then much faster. The result differs by rounding."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of rows, the adapter's first weights and dropout."""
     start_from: str | None = None
     """An adapter folder to start from (its rank, alpha and targets must be those of [lora])."""
@@ -195,7 +195,7 @@ class Prepare:
     """The part of rows that may be refused before preparing stops."""
     near_duplicates: bool = False
     """Count near-duplicate questions across the splits (5-gram MinHash; needs the extra near-duplicates)."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Decides which questions are held out and which rows are dropped."""
 
 

@@ -19,12 +19,12 @@ from .quality import score as scoring
 from .quality import submit as submission
 from .training.trainer import train
 
-QUESTIONS, HELD_OUT = 640, 400
+QUESTIONS, HELD_OUT = 440, 400
 SETTINGS = {
     "prompt": {"max_length": 512},
     "train": {"lr": 6e-4, "per_question": 2, "batch_size": 16, "schedule": "cosine", "micro_batch_tokens": 4096},
-    "validation": {"every": 40, "rows": 100},
-    "checkpoint": {"every": 40},
+    "validation": {"every": 1000, "rows": 64},
+    "checkpoint": {"every": 50},
 }
 
 
@@ -39,10 +39,10 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
     out.mkdir(parents=True, exist_ok=True)
     train_files, held_out = data, None
     if not data:
-        say(f"1. {QUESTIONS} generated problems to train on, {HELD_OUT} others to measure on, 4 solutions each")
+        say(f"1. {QUESTIONS} generated problems to train on, {HELD_OUT} others to measure on, 4 and 2 solutions each")
         train_files, held_out = [str(out / "train.jsonl")], out / "held-out.jsonl"
         generate.write(Path(train_files[0]), QUESTIONS, seed=1)
-        generate.write(held_out, HELD_OUT, seed=2)
+        generate.write(held_out, HELD_OUT, solutions_per_question=2, seed=2)
     say(f"2. veritune prepare {' '.join(train_files)} --out {out / 'prepared'}")
     dataset.prepare(train_files, out / "prepared", config.Prepare(), console)
     prepared = dataset.load(out / "prepared")

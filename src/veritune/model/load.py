@@ -211,13 +211,6 @@ def layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_layers(model: Any) -> None:
-    """Compiles each decoder layer when it first runs, once for every number of tokens: a minute at the start of a run,
-    and no kernel launch from Python for each small operation after that."""
-    for layer in layers(model):
-        layer.compile(dynamic=True)
-
-
 def set_training(model: Any, *, checkpointing: bool) -> None:
     """Sets an adapter's dropout to work, and each layer to recompute its activations if `checkpointing`.
 

@@ -1,8 +1,9 @@
 """PEFT's LoRA linear with a faster forward and backward.
 
 A subclass of PEFT's own layer, put in place by changing an instance's class: the module's name, parameters and
-therefore the saved adapter stay PEFT's. Base and update are one autograd function, in which the update is added into the
-base's product in place, and the two parts of the input's gradient likewise: no pass over [tokens, width] of its own.
+therefore the saved adapter stay PEFT's. Base and update are one autograd function, in which the update is added in the
+product that makes it, and so are the two parts of the input's gradient: no pass over [tokens, width] of its own.
+Nothing in it works in place: under torch 2.11's compiler that gave zero gradients.
 """
 
 from typing import Any
@@ -18,18 +19,18 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        low = (x @ a.t()).mul_(scaling)
+        low = (x @ a.t()) * scaling
         ctx.save_for_backward(x, w, a, b, low)
         ctx.scaling = scaling
         y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
-        return y.addmm_(low, b.t())
+        return torch.addmm(y, low, b.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, b, low = ctx.saved_tensors
         (grad,) = grads
-        grad_low = (grad @ b).mul_(ctx.scaling)
-        grad_x = (grad @ w).addmm_(grad_low, a) if ctx.needs_input_grad[0] else None
+        grad_low = (grad @ b) * ctx.scaling
+        grad_x = torch.addmm(grad @ w, grad_low, a) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, grad_low.t() @ x, grad.t() @ low, None
 
 

@@ -18,6 +18,7 @@ from .. import config
 from ..data import dataset
 from ..errors import DataError, NonFiniteError
 from ..model import adapter, load
+from ..model.compiled import compile_layers
 from ..model.verdict import label_logits, label_loss, rowwise_logits
 from ..model.verifier import MICRO_BATCH_TOKENS, score_ids
 from ..quality import metrics
@@ -189,10 +190,8 @@ def prepare(run: config.Run, console: Console) -> Training:
         console.print(f"[yellow]{run.model.path}: rows are computed one by one, slowly, because {reason}[/yellow]")
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=run.train.start_from)
     load.set_training(model, checkpointing=run.train.gradient_checkpointing)
-    if run.train.compile and base.device.type == "cuda" and reason is None:
-        load.compile_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Training(
+    state = Training(
         run=run,
         plan=plans.make(run.train, rows.groups, rows.labels),
         base=base,
@@ -205,6 +204,13 @@ def prepare(run: config.Run, console: Console) -> Training:
         budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
         about=adapter.About(words, base.path, base.precision, data.fingerprint),
     )
+    if run.train.compile and base.device.type == "cuda" and state.shared:
+        _, (probe, *_), _ = micro_batches(state, 0)
+        with console.status("compiling the layers"):
+            problem = compile_layers(model, lambda: micro_loss(state, probe))
+        if problem:
+            console.print(f"[yellow]layers are not compiled, which is slower: {problem}[/yellow]")
+    return state
 
 
 def whole_questions(frame: pl.DataFrame, rows: int | None) -> pl.DataFrame:
@@ -246,22 +252,17 @@ def one_step(state: Training, step: int, micros: list[Micro]) -> tuple[float, fl
 
     Raises NonFiniteError before anything is changed.
     """
-    device = state.base.device
     torch.manual_seed(state.run.train.seed * 1_000_003 + step)  # dropout is a function of the step, not of history
     size = sum(len(micro.labels) for micro in micros)
     total: float | Tensor = 0.0
     for micro in micros:
-        logits = (
-            label_logits(state.model, micro.trie, device)
-            if micro.trie is not None
-            else rowwise_logits(state.model, micro.rows, device)
-        )
-        labels = torch.from_numpy(micro.labels).to(device, non_blocking=True)
-        loss = label_loss(logits, labels, state.encoder.frame.answer_ids) / size
+        loss = micro_loss(state, micro) / size
         loss.backward()
         total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, state.run.train.max_grad_norm)
-    loss_value, norm_value = torch.stack([torch.as_tensor(total, device=device), norm.to(device)]).tolist()
+    loss_value, norm_value = torch.stack([torch.as_tensor(total, device=norm.device), norm]).tolist()
+    if norm_value == 0:
+        raise NonFiniteError(f"step {step + 1:,}: the gradient is exactly zero, so nothing would be learnt")
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         ids = [state.train.ids[i] for i in state.plan.rows(step)]
         what = "loss" if not math.isfinite(loss_value) else "gradient"
@@ -275,6 +276,17 @@ def one_step(state: Training, step: int, micros: list[Micro]) -> tuple[float, fl
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return loss_value, norm_value
+
+
+def micro_loss(state: Training, micro: Micro) -> Tensor:
+    """The label loss of a micro-batch, summed over its rows."""
+    device = state.base.device
+    if micro.trie is not None:
+        logits = label_logits(state.model, micro.trie, device)
+    else:
+        logits = rowwise_logits(state.model, micro.rows, device)
+    labels = torch.from_numpy(micro.labels).to(device, non_blocking=True)
+    return label_loss(logits, labels, state.encoder.frame.answer_ids)
 
 
 def validate(state: Training, stop: Session) -> dict[str, Any]:
