@@ -36,7 +36,7 @@ console = Console()
 
 
 def prepare(
-    sources: tyro.conf.Positional[list[str]], out: Path, settings: tyro.conf.OmitArgPrefixes[config.Prepare]
+    sources: tyro.conf.Positional[list[str]], out: Path, settings: Annotated[config.Prepare, tyro.conf.arg(name="")]
 ) -> None:
     """Turns labelled rows into a frozen dataset: cleaned, de-duplicated, held out by question, balanced.
 
@@ -221,6 +221,8 @@ def run(argv: Sequence[str]) -> int:
             train(args)
         else:
             tyro.cli(VERBS[name], args=args, prog=f"veritune {name}")
+    except SystemExit as end:  # tyro's, after a help text or flags that it has explained
+        return end.code if isinstance(end.code, int) else 2
     except ValidationError as error:
         return fail(
             "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg'].lower()}" for e in error.errors())

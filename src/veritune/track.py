@@ -1,6 +1,7 @@
 """What a run leaves to look at: `metrics.jsonl`, one JSON object a line, each with its step."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ class Tracker:
         """Writes one line; `step` counts finished steps."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when what was logged is on the disk, whatever happens to the machine."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

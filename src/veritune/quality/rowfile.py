@@ -24,8 +24,8 @@ from ..config import Columns
 from ..data.lines import NOT_UNICODE, Refused, read_csv, read_json_lines, read_lines
 from ..data.rows import resolve_columns
 from ..data.sources import file_hash, kind_of, read_table
+from ..durable import sync_folder
 from ..errors import ConfigError, DataError, MissingError, VerituneError
-from ..training.durable import sync_folder
 from .metrics import THRESHOLD, Floats, verdicts
 
 ADDED = ("p_correct", "verdict")

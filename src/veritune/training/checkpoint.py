@@ -21,9 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError
-from . import replica as replicas
-from .durable import (
+from ..durable import (
     Damaged,
     Parts,
     discard,
@@ -35,6 +33,8 @@ from .durable import (
     settle,
     write_folder,
 )
+from ..errors import CheckpointError
+from . import replica as replicas
 from .pack import STATE, SUFFIX, Groups, pack, safetensors_parts
 
 Warn = Callable[[str], None]

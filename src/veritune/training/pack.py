@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..durable import Parts
 from ..errors import NonFiniteError
-from .durable import Parts
 
 STATE = "state.json"
 SUFFIX = ".safetensors"

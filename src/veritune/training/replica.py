@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from .durable import (
+from ..durable import (
     MANIFEST,
     Damaged,
     check_files,

@@ -159,6 +159,7 @@ def after_step(
                 save_adapter(state, folder / "best", at.done, quality)
     stopping = stop.reason is not None and not (last and at.validated == at.done)
     if at.done and (last or stopping or at.done % run.checkpoint.every == 0):
+        tracker.sync()  # a checkpoint must not outlive the lines that lead to it
         save_checkpoint(state, saver, at)
     if stopping:
         saver.wait()
@@ -261,15 +262,16 @@ def one_step(state: Training, step: int, micros: list[Micro]) -> tuple[float, fl
         total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, state.run.train.max_grad_norm)
     loss_value, norm_value = torch.stack([torch.as_tensor(total, device=norm.device), norm]).tolist()
-    if norm_value == 0:
+    if norm_value == 0 and loss_value > 0:  # a loss of exactly 0 has nothing left to teach
         raise NonFiniteError(f"step {step + 1:,}: the gradient is exactly zero, so nothing would be learnt")
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         ids = [state.train.ids[i] for i in state.plan.rows(step)]
         what = "loss" if not math.isfinite(loss_value) else "gradient"
         raise NonFiniteError(
             f"step {step + 1:,}: the {what} is not finite (loss {loss_value}, gradient norm {norm_value}). Nothing of "
-            f"this step was kept. Rows: {', '.join(ids)}. Try a lower train.lr, a smaller train.max_grad_norm, "
-            "model.base = 'bf16' or 'fp32', or go on from the last checkpoint with other settings"
+            f"this step was kept. Rows: {', '.join(ids)}. Start another run (another `out`) with a lower train.lr, a "
+            f"smaller train.max_grad_norm, or model.base = 'bf16' or 'fp32'; train.start_from = '{state.run.out}/best' "
+            "goes on from the best adapter, once there is one"
         )
     for group in state.optimizer.param_groups:
         group["lr"] = state.plan.lr(step)

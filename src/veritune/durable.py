@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from .errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1

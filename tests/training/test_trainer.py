@@ -1,0 +1,378 @@
+"""Whole training runs on a tiny model: what a run leaves, that a stop changes nothing, that what must not matter does
+not, that a NaN ends a run with nothing of it kept, and that the loop learns."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import checkpoints, losses, metrics, prepared, settings, tensors, trained
+from safetensors.torch import load_file, save_file
+from tiny_models import byte_level, tiny, worked_text
+
+from veritune import config
+from veritune.data import dataset
+from veritune.data.generate import generate
+from veritune.errors import ConfigError, DataError, NonFiniteError
+from veritune.model.verdict import label_loss, logits
+from veritune.model.verifier import Verifier
+from veritune.quality.metrics import measure
+from veritune.training import plan as plans
+from veritune.training import trainer
+from veritune.training.trainer import Rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated problems: 48 rows to train on (6 steps of 8) and 16 to validate on, of other questions."""
+    return prepared(generate(16, solutions_per_question=4, seed=1), tmp_path_factory.mktemp("data") / "d", 16)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows whose label one word of the solution tells."""
+    rng = random.Random(0)
+    rows = [
+        {"question": f"{i}?", "solution": f"{rng.randrange(1000)} {word * 3}", "is_correct": word == "pen "}
+        for i in range(250)
+        for word in ("pen ", "cup ")
+    ]
+    return prepared(rows, tmp_path_factory.mktemp("marked") / "d", 80)
+
+
+def whole_run(out: Path, data: Path, model: Path, **changes: Any) -> config.Run:
+    """A run with a checkpoint after each step, a validation after each second one, and dropout."""
+    return settings(
+        out,
+        data,
+        model,
+        lora={"rank": 64, "alpha": 16, "dropout": 0.1},  # 64 x 64 numbers: enough for bitsandbytes to keep 8 bits
+        train={"lr": 3e-3, "batch_size": 8, "per_question": 4, **changes},
+        validation={"every": 2},
+        checkpoint={"every": 1, "keep": 100},
+    )
+
+
+@pytest.fixture(scope="module", params=["adamw_torch", "adamw_8bit"])
+def uninterrupted(
+    request: pytest.FixtureRequest, data: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> config.Run:
+    run = whole_run(tmp_path_factory.mktemp("whole") / "run", data, tiny_folder, optimizer=request.param)
+    trained(run)
+    return run
+
+
+def copied_until(run: config.Run, step: int, out: Path) -> config.Run:
+    """The run's folder as it was when the process was killed after `step`, and the settings to go on there."""
+    shutil.copytree(run.out, out)
+    for path in checkpoints(out):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(out / "adapter")
+    (out / "evaluation.json").unlink()
+    best = out / "best" / "README.md"
+    if int(best.read_text().partition("After step ")[2].partition(",")[0]) > step:
+        shutil.rmtree(out / "best")
+    return config.build(config.Run, {**config.as_dict(run), "out": str(out)}, "test")
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    for name in ("evaluation.json", "adapter/adapter_config.json", "adapter/veritune.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+# What a run leaves.
+
+
+def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    run = settings(tmp_path / "run", data, tiny_folder, validation={"every": 2}, checkpoint={"every": 4})
+    quality, printed = trained(run)
+    out = Path(run.out)
+    lines = metrics(out)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert sum(line.get("rows", 0) for line in lines) == 48
+    assert [line["step"] for line in lines if "validation" in line] == [2, 4, 6]
+    assert [path.name for path in checkpoints(out)] == ["step-00000004", "step-00000006"]
+    validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
+    left = json.loads((out / "evaluation.json").read_text())
+    assert left["truncated_rows"] == 0
+    assert left["validation"]["log_loss"] == validations[6]["log_loss"] == quality["log_loss"]
+    assert json.loads((out / "run.json").read_text())["settings"] == config.as_dict(run)
+    assert "6 of 8 examples" in printed
+    best = min(validations, key=lambda step: validations[step]["log_loss"])
+    prepared_data = dataset.load(data)
+    for name, step in (("adapter", 6), ("best", best)):
+        card = (out / name / "README.md").read_text(encoding="utf-8")
+        assert prepared_data.fingerprint in card
+        assert f"After step {step}," in card
+        assert f"{validations[step]['accuracy']:.3f}" in card
+        rows = Rows.of(prepared_data.validation)
+        p = Verifier.load(out / name, device="cpu").score_rows(rows.questions, rows.solutions)
+        again = measure(rows.labels, p, rows.groups)
+        assert again["confusion"] == validations[step]["confusion"]
+        assert again["log_loss"] == pytest.approx(validations[step]["log_loss"], rel=1e-9)
+
+
+# A stop changes nothing.
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    uninterrupted: config.Run, tmp_path: Path, step: int
+) -> None:
+    if uninterrupted.train.optimizer == "adamw_8bit":
+        assert any(value.dtype == torch.uint8 for value in tensors(Path(uninterrupted.out)).values())
+    again = copied_until(uninterrupted, step, tmp_path / "again")
+    printed = trained(again)[1]
+    assert f"going on after step {step}" in printed
+    assert_same(Path(uninterrupted.out), Path(again.out))
+
+
+def test_a_finished_run_stays_as_it_is(uninterrupted: config.Run, tmp_path: Path) -> None:
+    again = copied_until(uninterrupted, 6, tmp_path / "again")
+    trained(again)
+    assert_same(Path(uninterrupted.out), Path(again.out))
+
+
+def test_the_optimiser_state_matters(uninterrupted: config.Run, tmp_path: Path, monkeypatch: Any) -> None:
+    """What the tests above compare does show whether the state was put back."""
+    again = copied_until(uninterrupted, 3, tmp_path / "again")
+    monkeypatch.setattr(trainer, "restore_optimizer", lambda *unused: None)
+    trained(again)
+    ends = [load_file(Path(run.out) / "adapter" / "adapter_model.safetensors") for run in (uninterrupted, again)]
+    assert all(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(
+    uninterrupted: config.Run, data: Path, tiny_folder: Path, tmp_path: Path, number: int
+) -> None:
+    if uninterrupted.train.optimizer != "adamw_torch":
+        pytest.skip("once is enough")
+    run = whole_run(tmp_path / "run", data, tiny_folder)
+    rare = config.build(
+        config.Run, {**config.as_dict(run), "checkpoint": {"every": 1000, "keep": 100}}, "test"
+    )  # the stop alone saves
+
+    def ask() -> None:
+        file = Path(run.out) / "metrics.jsonl"
+        while not file.exists() or b'"step": 2' not in file.read_bytes():
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=ask)
+    sender.start()
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        trained(rare)
+    sender.join()
+    assert signal.getsignal(number) is before
+    assert len(checkpoints(Path(run.out))) == 1
+    assert not (Path(run.out) / "adapter").exists()
+    trained(run)
+    assert_same(Path(uninterrupted.out), Path(run.out))
+
+
+def test_a_resume_refuses_other_mathematics_and_takes_other_intervals(
+    uninterrupted: config.Run, tmp_path: Path
+) -> None:
+    again = copied_until(uninterrupted, 4, tmp_path / "again")
+    values = config.as_dict(again)
+    for table, key, value in (("train", "lr", 1e-4), ("train", "seed", 3), ("lora", "dropout", 0.0)):
+        changed = {**values, table: {**values[table], key: value}}
+        with pytest.raises(ConfigError, match=rf"{table}\.{key} was {values[table][key]}, is {value}"):
+            trained(config.build(config.Run, changed, "test"))
+    free = {**values, "validation": {"every": 5}, "checkpoint": {"every": 3, "keep": 1}}
+    trained(config.build(config.Run, free, "test"))
+    out = Path(again.out)
+    assert [line["step"] for line in metrics(out) if "validation" in line] == [2, 4, 5, 6]
+    assert [path.name for path in checkpoints(out)] == ["step-00000006"]
+    left, right = (load_file(Path(it.out) / "adapter" / "adapter_model.safetensors") for it in (uninterrupted, again))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_folder_of_other_things_is_not_a_run(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        trained(settings(tmp_path, data, tiny_folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_dataset_without_validation_rows_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    data = prepared(generate(4, seed=1), tmp_path / "d", 0)
+    with pytest.raises(DataError, match="rows in both train and validation"):
+        trained(settings(tmp_path / "run", data, tiny_folder))
+
+
+# A number that is none.
+
+
+def poison(name: str) -> Callable[..., Any]:
+    """`micro_loss` with a loss, or a gradient, that is NaN in the third step."""
+    real, calls = trainer.micro_loss, []
+
+    def loss(state: trainer.Training, micro: trainer.Micro) -> torch.Tensor:
+        calls.append(None)
+        value = real(state, micro)
+        if len(calls) < 3:
+            return value
+        return (
+            value * math.nan
+            if name == "loss"
+            else value + 0 * sum(p.sum().sub(p.sum()).sqrt() for p in state.parameters)
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_nan_ends_the_run_with_nothing_of_it_kept(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: Any, what: str
+) -> None:
+    run = settings(
+        tmp_path / "run", data, tiny_folder, train={"micro_batch_tokens": 10**5}, checkpoint={"every": 1, "keep": 9}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "micro_loss", poison(what))
+        with pytest.raises(NonFiniteError) as error:
+            trained(run)
+    rows = Rows.of(dataset.load(data).train)
+    third = plans.make(run.train, rows.groups, rows.labels).rows(2)
+    assert "step 3: the " + what + " is not finite" in str(error.value)
+    assert all(rows.ids[row] in str(error.value) for row in third)
+    out = Path(run.out)
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+    assert [path.name for path in checkpoints(out)] == ["step-00000001", "step-00000002"]
+    assert not (out / "adapter").exists()
+    for file in out.rglob("*.safetensors"):
+        assert all(bool(value.isfinite().all()) for value in load_file(file).values() if value.is_floating_point())
+    trained(run)  # and it goes on from there
+    assert len(losses(out)) == 6
+
+
+def test_an_adapter_with_a_nan_is_no_start(
+    data: Path, tiny_folder: Path, uninterrupted: config.Run, tmp_path: Path
+) -> None:
+    shutil.copytree(Path(uninterrupted.out) / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    values = load_file(file)
+    next(iter(values.values()))[0, 0] = math.nan
+    save_file(values, file, metadata={"format": "pt"})
+    run = whole_run(tmp_path / "run", data, tiny_folder, start_from=str(tmp_path / "adapter"))
+    with pytest.raises(Exception, match="not finite"):
+        trained(run)
+    assert not (tmp_path / "run").exists()
+
+
+# What must not matter, and what must.
+
+
+def test_how_a_step_is_computed_does_not_change_what_is_learnt(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, train in {
+        "whole": {},
+        "accumulated": {"batch_size": 4, "gradient_accumulation": 2},
+        "cut": {"micro_batch_tokens": 200},
+        "recomputed": {"gradient_checkpointing": True},
+    }.items():
+        run = settings(tmp_path / name, data, tiny_folder, train={"micro_batch_tokens": 10**5, **train})
+        trained(run)
+        found[name] = metrics(tmp_path / name)
+    assert found["accumulated"] == found["whole"]
+    for name in ("cut", "recomputed"):
+        for ours, whole in zip(found[name], found["whole"], strict=True):
+            assert ours.get("loss") == pytest.approx(whole.get("loss"), rel=1e-5), name
+            assert ours.get("grad_norm") == pytest.approx(whole.get("grad_norm"), rel=1e-3), name
+
+
+def test_a_seed_decides_everything(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trained(settings(tmp_path / name, data, tiny_folder, train={"seed": seed}))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert losses(tmp_path / "a")[0] != losses(tmp_path / "c")[0]
+
+
+def test_long_rows_are_counted(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    run = settings(tmp_path / "run", data, tiny_folder, prompt={"max_length": 100}, train={"epochs": 2})
+    trained(run)
+    counted = json.loads((tmp_path / "run" / "evaluation.json").read_text())["truncated_rows"]
+    assert 0 < counted <= 96
+    assert counted % 2 == 0  # two epochs
+
+
+def test_a_run_starts_from_an_adapter(data: Path, tiny_folder: Path, uninterrupted: config.Run, tmp_path: Path) -> None:
+    before = Path(uninterrupted.out) / "adapter"
+    run = settings(
+        tmp_path / "run",
+        data,
+        tiny_folder,
+        lora={"rank": 64, "alpha": 16},
+        train={"start_from": str(before), "seed": 5},
+    )
+    trained(run)
+    rows = Rows.of(dataset.load(data).train)
+    first = plans.make(run.train, rows.groups, rows.labels).rows(0)
+    verifier = Verifier.load(before, device="cpu")
+    ids, _ = verifier.encoder.rows([rows.questions[i] for i in first], [rows.solutions[i] for i in first])
+    with torch.inference_mode():
+        scored = logits(verifier.model, ids, verifier.device)
+        loss = label_loss(scored, torch.from_numpy(rows.labels[first]), verifier.encoder.frame.answer_ids) / len(first)
+    assert losses(tmp_path / "run")[0] == pytest.approx(float(loss), rel=1e-5)
+    with pytest.raises(ConfigError, match="rank 64 instead of 8"):
+        trained(settings(tmp_path / "other", data, tiny_folder, train={"start_from": str(before)}))
+
+
+# It learns.
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr"),
+    [("adamw_torch", 1e-2), ("adamw_8bit", 1e-2), ("paged_adamw_32bit", 1e-2), ("lion_8bit", 2e-3)],
+)
+def test_it_learns_what_one_word_tells(
+    marked: Path, tiny_folder: Path, tmp_path: Path, optimizer: str, lr: float
+) -> None:
+    run = settings(
+        tmp_path / "run",
+        marked,
+        tiny_folder,
+        lora={"rank": 64, "alpha": 64},
+        train={"lr": lr, "optimizer": optimizer, "epochs": 1.5, "batch_size": 16, "warmup_ratio": 0.1},
+    )
+    quality = trained(run)[0]
+    found = losses(tmp_path / "run")
+    assert len(found) <= 60
+    assert quality["auroc"] > 0.9
+    assert sum(found[-5:]) < 0.5 * sum(found[:5])
+
+
+def test_a_model_that_looks_back_a_little_only_is_trained_row_by_row(data: Path, tmp_path: Path) -> None:
+    tokenizer = byte_level(worked_text())
+    model = tiny("mistral", vocab_size=len(tokenizer), sliding_window=32)
+    for it in (model, tokenizer):
+        it.save_pretrained(tmp_path / "mistral")
+    run = settings(
+        tmp_path / "run",
+        data,
+        tmp_path / "mistral",
+        data={"path": str(data), "rows": 16},
+        train={"lr": 1e-2, "epochs": 4},
+    )
+    printed = trained(run)[1]
+    assert "rows are computed one by one, slowly, because" in printed
+    found = losses(tmp_path / "run")
+    assert len(found) == 8
+    assert sum(found[-2:]) < sum(found[:2])
