@@ -22,7 +22,7 @@ from tiny_models import byte_level, tiny, worked_text
 from veritune import config
 from veritune.data import dataset
 from veritune.data.generate import generate
-from veritune.errors import ConfigError, DataError, NonFiniteError
+from veritune.errors import ConfigError, DataError, ModelError, NonFiniteError
 from veritune.model.verdict import label_loss, logits
 from veritune.model.verifier import Verifier
 from veritune.quality.metrics import measure
@@ -263,6 +263,26 @@ def test_a_nan_ends_the_run_with_nothing_of_it_kept(
     assert len(losses(out)) == 6
 
 
+@pytest.mark.parametrize("loss", [0.0, 1.0])
+def test_a_gradient_of_zero_is_an_error_unless_the_loss_is_zero_too(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: Any, loss: float
+) -> None:
+    """Rows known for certain have neither; a loss without a gradient means that the layers let none through."""
+
+    def flat(state: trainer.Training, micro: trainer.Micro) -> torch.Tensor:
+        return loss + 0 * sum(p.sum() for p in state.parameters)
+
+    monkeypatch.setattr(trainer, "micro_loss", flat)
+    run = settings(tmp_path / "run", data, tiny_folder)
+    if loss:
+        with pytest.raises(NonFiniteError, match="step 1: the gradient is exactly zero"):
+            trained(run)
+        assert losses(tmp_path / "run") == []
+    else:
+        trained(run)
+        assert losses(tmp_path / "run") == [0.0] * 6
+
+
 def test_an_adapter_with_a_nan_is_no_start(
     data: Path, tiny_folder: Path, uninterrupted: config.Run, tmp_path: Path
 ) -> None:
@@ -272,7 +292,7 @@ def test_an_adapter_with_a_nan_is_no_start(
     next(iter(values.values()))[0, 0] = math.nan
     save_file(values, file, metadata={"format": "pt"})
     run = whole_run(tmp_path / "run", data, tiny_folder, start_from=str(tmp_path / "adapter"))
-    with pytest.raises(Exception, match="not finite"):
+    with pytest.raises(ModelError, match="not finite"):
         trained(run)
     assert not (tmp_path / "run").exists()
 
