@@ -6,6 +6,7 @@ verb needs them, so `--help` answers at once.
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,10 +30,23 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
 """
 
 Path_ = tyro.conf.Positional[Path]
-Base = Annotated[str | None, tyro.conf.arg(name="model", help="Where the base model is, if it has moved.")]
-Precision = Literal["auto", "fp32", "bf16", "nf4"]
-Device = Literal["auto", "cpu", "cuda"]
 console = Console()
+
+
+@dataclass(frozen=True)
+class UseSettings:
+    """How an adapter is used."""
+
+    model: str | None = None
+    """Where the base model is, if it has moved."""
+    base: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    """Precision of the base model; auto is the one it was trained with."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    columns: config.Columns = field(default_factory=config.Columns)
+
+
+How = Annotated[UseSettings, tyro.conf.arg(name="")]
 
 
 def prepare(
@@ -80,10 +94,7 @@ def evaluate(
     by: tuple[str, ...] = (),
     baseline: bool = False,
     out: Path | None = None,
-    columns: config.Columns = config.Columns(),  # noqa: B008 (frozen)
-    model: Base = None,
-    base: Precision = "auto",
-    device: Device = "auto",
+    how: How = UseSettings(),
 ) -> None:
     """Measures an adapter on labelled rows it has not seen.
 
@@ -93,8 +104,6 @@ def evaluate(
         by: Columns to break the figures down by, such as `solver`.
         baseline: Measure the base model without the adapter beside it.
         out: Where to write the figures as JSON.
-        base: Precision of the base model; auto is the one it was trained with.
-        device: Where to compute.
     """
     import polars as pl
 
@@ -102,13 +111,13 @@ def evaluate(
     from .quality import evaluate as evaluation
 
     frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
-    rows = evaluation.check(frame, columns, by=by, where=str(data))
-    verifier = load_verifier(adapter, model, base, device)
+    rows = evaluation.check(frame, how.columns, by=by, where=str(data))
+    verifier = load_verifier(adapter, how)
     scores = evaluation.score_frame(verifier.score_rows, rows, console)
     plain = None
     if baseline:
         plain = evaluation.score_frame(verifier.without_adapter().score_rows, rows, console)
-    result = evaluation.evaluate(frame, scores, plain, by, columns=columns, where=str(data))
+    result = evaluation.evaluate(frame, scores, plain, by, columns=how.columns, where=str(data))
     evaluation.show(result, console)
     if out:
         evaluation.write(result, out)
@@ -119,10 +128,7 @@ def score(
     file: Path_,
     out: Path,
     overwrite: bool = False,
-    columns: config.Columns = config.Columns(),  # noqa: B008 (frozen)
-    model: Base = None,
-    base: Precision = "auto",
-    device: Device = "auto",
+    how: How = UseSettings(),
 ) -> None:
     """Adds `p_correct` and `verdict` to a file's rows; goes on where an earlier run stopped.
 
@@ -131,13 +137,11 @@ def score(
         file: csv, jsonl, jsonl.gz or parquet with questions and solutions.
         out: The file to write, in the same format.
         overwrite: Replace OUT if it exists.
-        base: Precision of the base model; auto is the one it was trained with.
-        device: Where to compute.
     """
     from .quality import score as scoring
 
-    rows = scoring.open_scoring(file, out, columns, overwrite=overwrite)
-    verifier = load_verifier(adapter, model, base, device)
+    rows = scoring.open_scoring(file, out, how.columns, overwrite=overwrite)
+    verifier = load_verifier(adapter, how)
     scoring.score_file(verifier.score_rows, rows, out, identity=verifier.identity, console=console)
 
 
@@ -147,10 +151,7 @@ def submit(
     out: Path,
     sample: Path | None = None,
     overwrite: bool = False,
-    columns: config.Columns = config.Columns(),  # noqa: B008 (frozen)
-    model: Base = None,
-    base: Precision = "auto",
-    device: Device = "auto",
+    how: How = UseSettings(),
 ) -> None:
     """Writes `ID,is_correct` for every row of a test file, checked against the competition's sample.
 
@@ -160,13 +161,11 @@ def submit(
         out: The csv to write.
         sample: The competition's sample submission: ids, order and count must agree.
         overwrite: Replace OUT if it exists.
-        base: Precision of the base model; auto is the one it was trained with.
-        device: Where to compute.
     """
     from .quality import submit as submission
 
-    rows = submission.open_submission(test, out, columns, sample=sample, overwrite=overwrite)
-    verifier = load_verifier(adapter, model, base, device)
+    rows = submission.open_submission(test, out, how.columns, sample=sample, overwrite=overwrite)
+    verifier = load_verifier(adapter, how)
     submission.submit(verifier.score_rows, rows, out, identity=verifier.identity, console=console)
 
 
@@ -183,11 +182,11 @@ def demo(out: Path = Path("demo"), model: str | None = None, data: tuple[str, ..
     run(out, model, list(data), console)
 
 
-def load_verifier(adapter: Path, model: str | None, base: str, device: str) -> Any:
+def load_verifier(adapter: Path, how: "UseSettings") -> Any:
     from .model.verifier import Verifier
 
     with console.status(f"loading {adapter}"):
-        return Verifier.load(adapter, base=model, precision=base, device=device, warn=console.print)
+        return Verifier.load(adapter, base=how.model, precision=how.base, device=how.device, warn=console.print)
 
 
 VERBS: dict[str, Callable[..., None]] = {
