@@ -150,11 +150,8 @@ def test_flags_that_are_none(args: list[str], shows: list[str], capsys: pytest.C
     ("text", "shows"),
     [
         ("[train]\nlrr = 1", ["'train.lrr'", "did you mean 'train.lr'?"]),
-        pytest.param(
-            "lr = 1",
-            ["'lr'", "did you mean 'train.lr'?"],
-            marks=pytest.mark.xfail(strict=True, reason="config._explain suggests 'lora' for a key in no table"),
-        ),
+        ("lr = 1", ["'lr'", "did you mean 'train.lr'?"]),
+        ("[train]\nrank = 8", ["'train.rank'", "did you mean 'lora.rank'?"]),
         ("[trian]\nlr = 1", ["'trian'", "did you mean 'train'?"]),
         ("[lora]\nrang = 8", ["'lora.rang'", "did you mean 'lora.rank'?"]),
         ('[train]\nlr = "fast"', ["train.lr = 'fast'", "number"]),

@@ -226,9 +226,8 @@ def _explain(cls: Any, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = keys(cls) + [f.name for f in dataclasses.fields(cls)]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
-            k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]
-        ]
+        same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         return f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
     if item["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{key!r} is not set"
