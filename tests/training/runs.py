@@ -3,9 +3,11 @@ run left, in a form that can be compared."""
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -66,3 +68,26 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     files = [folder / name / "adapter_model.safetensors" for name in ("adapter", "best")]
     files += sorted(checkpoints(folder)[-1].glob("*.safetensors"))
     return {f"{file.parent.name}/{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def copied_until(run: config.Run, step: int, out: Path) -> config.Run:
+    """The run's folder as it was when the process was killed after `step`, and the settings to go on there."""
+    shutil.copytree(run.out, out)
+    for path in checkpoints(out):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(out / "adapter")
+    (out / "evaluation.json").unlink()
+    best = out / "best" / "README.md"
+    if int(best.read_text().partition("After step ")[2].partition(",")[0]) > step:
+        shutil.rmtree(out / "best")
+    return config.build(config.Run, {**config.as_dict(run), "out": str(out)}, "test")
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    for name in ("evaluation.json", "adapter/adapter_config.json", "adapter/veritune.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import checkpoints, losses, metrics, prepared, settings, tensors, trained
+from runs import assert_same, checkpoints, copied_until, losses, metrics, prepared, settings, tensors, trained
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level, tiny, worked_text
 
@@ -55,6 +55,7 @@ def whole_run(out: Path, data: Path, model: Path, **changes: Any) -> config.Run:
         out,
         data,
         model,
+        prompt={"max_length": 160},  # some rows are longer
         lora={"rank": 64, "alpha": 16, "dropout": 0.1},  # 64 x 64 numbers: enough for bitsandbytes to keep 8 bits
         train={"lr": 3e-3, "batch_size": 8, "per_question": 4, **changes},
         validation={"every": 2},
@@ -71,34 +72,12 @@ def uninterrupted(
     return run
 
 
-def copied_until(run: config.Run, step: int, out: Path) -> config.Run:
-    """The run's folder as it was when the process was killed after `step`, and the settings to go on there."""
-    shutil.copytree(run.out, out)
-    for path in checkpoints(out):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(out / "adapter")
-    (out / "evaluation.json").unlink()
-    best = out / "best" / "README.md"
-    if int(best.read_text().partition("After step ")[2].partition(",")[0]) > step:
-        shutil.rmtree(out / "best")
-    return config.build(config.Run, {**config.as_dict(run), "out": str(out)}, "test")
-
-
-def assert_same(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
-    left, right = tensors(a), tensors(b)
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    for name in ("evaluation.json", "adapter/adapter_config.json", "adapter/veritune.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes()
-
-
 # What a run leaves.
 
 
 def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    run = settings(tmp_path / "run", data, tiny_folder, validation={"every": 2}, checkpoint={"every": 4})
+    intervals = {"validation": {"every": 2}, "checkpoint": {"every": 4}}
+    run = settings(tmp_path / "run", data, tiny_folder, train={"lr": 0.05, "schedule": "constant"}, **intervals)
     quality, printed = trained(run)
     out = Path(run.out)
     lines = metrics(out)
@@ -113,6 +92,7 @@ def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: P
     assert json.loads((out / "run.json").read_text())["settings"] == config.as_dict(run)
     assert "6 of 8 examples" in printed
     best = min(validations, key=lambda step: validations[step]["log_loss"])
+    assert best < 6  # at this learning rate it gets worse
     prepared_data = dataset.load(data)
     for name, step in (("adapter", 6), ("best", best)):
         card = (out / name / "README.md").read_text(encoding="utf-8")
@@ -318,11 +298,14 @@ def test_how_a_step_is_computed_does_not_change_what_is_learnt(data: Path, tiny_
             assert ours["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3), name
 
 
-def test_a_seed_decides_everything(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        trained(settings(tmp_path / name, data, tiny_folder, train={"seed": seed}))
+def test_seed_and_schedule_decide(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    for name, train in {"a": {}, "b": {}, "seed": {"seed": 2}, "slow": {"warmup_ratio": 0.9}}.items():
+        trained(settings(tmp_path / name, data, tiny_folder, train=train))
+    a, seed, slow = (losses(tmp_path / name) for name in ("a", "seed", "slow"))
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    assert losses(tmp_path / "a")[0] != losses(tmp_path / "c")[0]
+    assert a[0] != seed[0]
+    assert a[0] == slow[0]
+    assert a[1] != slow[1]
 
 
 def test_long_rows_are_counted(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -339,6 +322,7 @@ def test_a_run_starts_from_an_adapter(data: Path, tiny_folder: Path, uninterrupt
         tmp_path / "run",
         data,
         tiny_folder,
+        prompt={"max_length": 160},
         lora={"rank": 64, "alpha": 16},
         train={"start_from": str(before), "seed": 5},
     )
