@@ -84,6 +84,7 @@ def train(args: Sequence[str]) -> None:
         f"{quality['accuracy']:.3f}, AUROC {quality['auroc']:.3f} on {quality['rows']:,} held-out rows. "
         f"Next: veritune evaluate {run.out}/best FILE",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -185,8 +186,8 @@ def demo(out: Path = Path("demo"), model: str | None = None, data: tuple[str, ..
 def load_verifier(adapter: Path, how: "UseSettings") -> Any:
     from .model.verifier import Verifier
 
-    with console.status(f"loading {adapter}"):
-        return Verifier.load(adapter, base=how.model, precision=how.base, device=how.device, warn=console.print)
+    with console.status("loading the model"):
+        return Verifier.load(adapter, base=how.model, precision=how.base, device=how.device, warn=console.out)
 
 
 VERBS: dict[str, Callable[..., None]] = {

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
         "folder": f"{run.out}" + (f", going on after step {done:,}" if done else ""),
     }
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
 
 

@@ -182,13 +182,14 @@ def prepare(run: config.Run, console: Console) -> Training:
     if frame.is_empty() or data.validation.is_empty():
         raise DataError(f"{run.data.path}: training needs rows in both train and validation")
     rows = Rows.of(frame)
-    with console.status(f"loading {run.model.path}"):
+    with console.status("loading the model"):
         base = load.load_base(run.model)
         words = prompt.render(run.prompt, base.tokenizer)
         rows_encoder = encoder(words, base.tokenizer)
         reason = load.check_paths(base, run.prompt.max_length)
     if reason:
-        console.print(f"[yellow]{run.model.path}: rows are computed one by one, slowly, because {reason}[/yellow]")
+        said = f"{run.model.path}: rows are computed one by one, slowly, because {reason}"
+        console.print(said, style="yellow", markup=False)
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=run.train.start_from)
     load.set_training(model, checkpointing=run.train.gradient_checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -210,7 +211,7 @@ def prepare(run: config.Run, console: Console) -> Training:
         with console.status("compiling the layers"):
             problem = compile_layers(model, lambda: micro_loss(state, probe))
         if problem:
-            console.print(f"[yellow]layers are not compiled, which is slower: {problem}[/yellow]")
+            console.print(f"layers are not compiled, which is slower: {problem}", style="yellow", markup=False)
     return state
 
 

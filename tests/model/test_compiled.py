@@ -1,0 +1,76 @@
+"""Compiled layers give plain layers' gradients, whatever the number of tokens, or are not used."""
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from veritune import config
+from veritune.model import adapter, load
+from veritune.model.compiled import compile_layers
+from veritune.model.verdict import label_logits, label_loss
+from veritune.tokens.trie import build
+
+
+def model() -> Any:
+    base = load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
+    assert load.check_paths(base, 256) is None
+    made = adapter.add_adapter(base, config.Lora(rank=4), seed=0)
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    load.set_training(made, checkpointing=False)
+    return made
+
+
+def loss_of(made: Any, size: int) -> Tensor:
+    rng = np.random.default_rng(size)
+    head = rng.integers(3, 300, 20 + size, dtype=np.int32)
+    rows = [np.concatenate((head, rng.integers(3, 300, 10 + i, dtype=np.int32))) for i in range(3 + size)]
+    labels = torch.arange(len(rows)) % 2 == 0
+    return label_loss(label_logits(made, build(rows), torch.device("cpu")), labels, (7, 11))
+
+
+def gradient(made: Any, size: int) -> Tensor:
+    loss_of(made, size).backward()
+    out = torch.cat([p.grad.flatten() for p in made.parameters() if p.requires_grad])
+    made.zero_grad(set_to_none=True)
+    return out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_compiled_once_for_every_number_of_tokens() -> None:
+    made = model()
+    plain = [gradient(made, size) for size in range(5)]
+    assert compile_layers(made, lambda: loss_of(made, 2)) is None
+    graphs = counters["stats"]["unique_graphs"]
+    for size, expected in enumerate(plain):
+        assert float((gradient(made, size) - expected).norm() / expected.norm()) <= 1e-5
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("wrong", ["without gradients", "halved", "broken"])
+def test_layers_that_compile_to_something_else_stay_plain(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def miscompile(layer: Any, **options: Any) -> None:
+        def call(states: Tensor, *inputs: Any, **named: Any) -> Tensor:
+            if wrong == "broken":
+                raise RuntimeError("no kernel for this")
+            out = layer.forward(states, *inputs, **named)
+            change = out - states
+            return states + (change.detach() + 0 * change if wrong == "without gradients" else change / 2)
+
+        layer._compiled_call_impl = call
+
+    made = model()
+    before = gradient(made, 1)
+    monkeypatch.setattr(torch.nn.Module, "compile", miscompile)
+    reason = compile_layers(made, lambda: loss_of(made, 1))
+    assert reason is not None
+    assert ("no kernel for this" if wrong == "broken" else "off by") in reason
+    assert torch.equal(gradient(made, 1), before)
