@@ -18,7 +18,7 @@ import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import config
@@ -224,14 +224,6 @@ def set_training(model: Any, *, checkpointing: bool) -> None:
             module.training = checkpointing  # what transformers asks before it recomputes
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def read_config(path: str) -> Any:
-    """A model's configuration without its weights."""
-    local = Path(path).expanduser()
-    if local.is_file():
-        return AutoConfig.from_pretrained(str(local.parent), gguf_file=local.name)
-    return AutoConfig.from_pretrained(str(local) if local.is_dir() else path)
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
