@@ -28,7 +28,7 @@ from ..tokens.trie import Trie, build, split
 from ..track import Tracker, last_validation
 from . import optimizer as optimizers
 from . import plan as plans
-from . import runfolder
+from . import runfolder, status
 from .checkpoint import Saver, load_latest, publish, settle
 from .display import Display, show_plan
 from .optimizer_state import optimizer_tensors, restore_optimizer
@@ -120,7 +120,9 @@ def train(run: config.Run, console: Console) -> dict[str, Any]:
     tracker = Tracker(folder / "metrics.jsonl", from_step=at.done)
     saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, warn=console.out)
     try:
-        with session() as stop, Display(console, state, at.done) as display:
+        trained = sum(p.numel() for p in state.parameters)
+        about = status.running(folder, state.plan, state.base.device, step=at.done, parameters=trained)
+        with about, session() as stop, Display(console, state, at.done) as display:
             after_step(state, at, folder, tracker, saver, display, stop)
             for step, micros, cut in ahead(state, at.done):
                 started = time.perf_counter()
@@ -147,14 +149,17 @@ def after_step(
     run, last = state.run, at.done == len(state.plan)
     if at.done and at.validated != at.done and (last or at.done % run.validation.every == 0):
         try:
-            quality = validate(state, stop)
+            measured = validate(state, stop)
         except Stopped:
-            quality = None
-        if quality is not None:
+            measured = None
+        if measured is not None:
+            quality, p = measured
             at.validated = at.done
             tracker.log(at.done, validation=quality)
             display.validation(at.done, quality)
-            if quality["log_loss"] < at.best:
+            held, better = state.validation, quality["log_loss"] < at.best
+            status.keep_scores(folder, at.done, held.ids, held.labels, p, best=better)
+            if better:
                 at.best = quality["log_loss"]
                 save_adapter(state, folder / "best", at.done, quality)
     stopping = stop.reason is not None and not (last and at.validated == at.done)
@@ -172,6 +177,7 @@ def finish(state: Training, at: At, folder: Path) -> dict[str, Any]:
     quality = last_validation(folder / "metrics.jsonl")
     save_adapter(state, folder / "adapter", at.done, quality)
     runfolder.write_json(folder / "evaluation.json", {"validation": quality, "truncated_rows": at.truncated})
+    status.finished(folder)
     return quality
 
 
@@ -292,8 +298,8 @@ def micro_loss(state: Training, micro: Micro) -> Tensor:
     return label_loss(logits, labels, state.encoder.frame.answer_ids)
 
 
-def validate(state: Training, stop: Session) -> dict[str, Any]:
-    """Figures on the run's validation rows. Raises Stopped when a signal comes."""
+def validate(state: Training, stop: Session) -> tuple[dict[str, Any], np.ndarray]:
+    """Figures on the run's validation rows, and P(correct) of each. Raises Stopped when a signal comes."""
 
     def progress(rows: int) -> None:
         if stop.reason is not None:
@@ -306,7 +312,7 @@ def validate(state: Training, stop: Session) -> dict[str, Any]:
         state.model, ids, state.encoder.frame.answer_ids, state.base.device, state.budget, state.shared, progress
     )
     load.set_training(state.model, checkpointing=state.run.train.gradient_checkpointing)
-    return metrics.measure(held.labels, p, held.groups)
+    return metrics.measure(held.labels, p, held.groups), p
 
 
 def save_adapter(state: Training, folder: Path, step: int, quality: dict[str, Any]) -> None:
