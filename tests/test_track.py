@@ -1,6 +1,7 @@
 """metrics.jsonl: every line there once, whatever was written after the step that a run goes on from."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,29 @@ def test_the_last_validation(log: Path) -> None:
     assert last_validation(log) == {"accuracy": 0.4}
     Tracker(log, from_step=3).close()
     assert last_validation(log) == {"accuracy": 0.2}
+
+
+def test_no_validation_is_none(tmp_path: Path) -> None:
+    assert last_validation(tmp_path / "metrics.jsonl") is None
+    Tracker(tmp_path / "metrics.jsonl", from_step=0).close()
+    assert last_validation(tmp_path / "metrics.jsonl") is None
+
+
+def test_every_line_is_strict_json(tmp_path: Path) -> None:
+    """What other readers of JSON take: no NaN, no Infinity."""
+    tracker = Tracker(tmp_path / "metrics.jsonl", from_step=0)
+    tracker.log(1, loss=math.nan, validation={"auroc": math.nan, "auroc_interval": None, "range": (0.5, -math.inf)})
+    assert tracker.sync() == (tmp_path / "metrics.jsonl").stat().st_size
+    tracker.close()
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": None, "validation": {"auroc": None, "auroc_interval": None, "range": [0.5, None]}}
+    ]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_what_stays_is_not_written_anew(log: Path) -> None:
+    """A kill while the file is being written would lose it."""
+    place = log.stat().st_ino
+    Tracker(log, from_step=3).close()
+    assert log.stat().st_ino == place
+    assert len(lines(log)) == 4

@@ -1,41 +1,60 @@
-"""What a run leaves to look at: `metrics.jsonl`, one JSON object a line, each with its step."""
+"""What a run leaves to look at: `metrics.jsonl`, one strict JSON object a line, each with its step."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from .quality.metrics import plain
+
+LINE = re.compile(rb'\{"step": (\d+)[,}][^\n]*(?<=\})\n')
+
 
 class Tracker:
-    """Appends to a run's metrics.jsonl. A resumed run first drops what was logged after the step it goes on from."""
+    """Appends to a run's metrics.jsonl. A resumed run first drops what was logged after the step it goes on from.
+
+    What stays is never written anew, unless lines between have to go: a kill at any moment loses nothing of it.
+    """
 
     def __init__(self, path: Path, *, from_step: int) -> None:
-        kept = []
         if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    at = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that a kill left half written
-                if at <= from_step and line.endswith(b"\n"):
-                    kept.append(line)
-        path.write_bytes(b"".join(kept))
+            _drop_after(path, from_step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, **values: Any) -> None:
-        """Writes one line; `step` counts finished steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Writes one line; `step` counts finished steps. A figure that is NaN or infinite is written as null."""
+        self._file.write(json.dumps({"step": step, **plain(values)}, allow_nan=False) + "\n")
         self._file.flush()
 
-    def sync(self) -> None:
-        """Returns when what was logged is on the disk, whatever happens to the machine."""
+    def sync(self) -> int:
+        """Returns when what was logged is on the disk, whatever happens to the machine: that many bytes."""
         os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self._file.close()
 
 
-def last_validation(path: Path) -> dict[str, Any]:
-    """The figures of the last validation that a metrics.jsonl holds."""
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [entry["validation"] for entry in found if "validation" in entry][-1]
+def _drop_after(path: Path, step: int) -> None:
+    """Leaves the whole lines up to a step. Half a million lines a second: none is parsed."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    # A line that a kill left half written is none.
+    kept = [line for line in lines if (match := LINE.fullmatch(line)) and int(match[1]) <= step]
+    size = sum(map(len, kept))
+    if kept == lines[: len(kept)]:
+        os.truncate(path, size)
+        return
+    partial = path.with_suffix(".tmp")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+
+
+def last_validation(path: Path) -> dict[str, Any] | None:
+    """The figures of the last validation that a metrics.jsonl holds; None if there is none, or no such file."""
+    if not path.exists():
+        return None
+    for line in reversed(path.read_bytes().splitlines(keepends=True)):
+        if b'"validation": ' in line and LINE.fullmatch(line):
+            return json.loads(line)["validation"]
+    return None

@@ -7,7 +7,6 @@
 import dataclasses
 import difflib
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.table import Table
 from ..config import Columns
 from ..data.rows import parse_labels, resolve_columns, same_question
 from ..errors import DataError, NonFiniteError
-from .metrics import FEW_QUESTIONS, LEVEL, RESAMPLES, THRESHOLD, Bools, Floats, Ints, group_ids, measure, paired
+from .metrics import FEW_QUESTIONS, LEVEL, RESAMPLES, THRESHOLD, Bools, Floats, Ints, group_ids, measure, paired, plain
 from .rowfile import explain, replacing, unscorable
 from .score import Scorer, say, score_pairs
 
@@ -192,16 +191,7 @@ def evaluate(
                 entry["baseline"] = figures(of, baseline)
             table.append(entry)
         result["by"][name] = table
-    return _plain(result)
-
-
-def _plain(value: Any) -> Any:
-    """The same with NaN as None and tuples as lists, so that JSON can hold it and gives it back the same."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return plain(result)
 
 
 def write(result: dict[str, Any], path: Path) -> None:

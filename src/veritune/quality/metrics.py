@@ -7,6 +7,7 @@ is bool [n] (True: the solution is correct), `p` is float64 [n], P(correct) in [
 number 0..G-1 of each row's question (`group_ids`). A figure that its rows leave undefined is NaN.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,23 @@ def measure(labels: Bools, p: Floats, groups: Ints, *, seed: int = 0, resamples:
         "auroc_interval": low_high["auroc"],
         "confusion": confusion(labels, p),
     }
+
+
+def plain(value: Any) -> Any:
+    """Figures as strict JSON holds them, which gives them back the same: NaN and infinity as None, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def figures(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What `measure` gave, from what `plain` made of it."""
+    if values is None:
+        return None
+    undefined = {name: math.nan for name, value in values.items() if value is None and not name.endswith("_interval")}
+    return values | undefined
 
 
 def intervals(

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, config
+from ..durable import found, make_folder, sync_folder, write_file
 from ..errors import ConfigError
+from ..quality.metrics import plain
 
 RUN = "run.json"
-# Settings that may change between two sessions of a run: none of them alters what is learnt.
+ADAPTERS = ("adapter", "best")
+# Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
+# what dropout draws, which then come with the resolved values.
 FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "train.micro_batch_tokens", "train.compile",
         "train.gradient_checkpointing")  # fmt: skip
 
@@ -16,34 +20,41 @@ FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "train
 def start(folder: Path, run: config.Run, resolved: dict[str, Any]) -> None:
     """Writes run.json, or checks that the run which the folder holds is this one.
 
-    resolved: what decides the mathematics besides the settings (the data's fingerprint, the precision). Raises
-    ConfigError naming every key that differs.
+    resolved: what decides the mathematics besides the settings (the data's fingerprint, the precision), or in place of
+    a setting. A folder in which nothing was saved yet takes other settings. Raises ConfigError naming every key that
+    differs.
     """
     values = {"veritune": __version__, "resolved": resolved, "settings": config.as_dict(run)}
     path = folder / RUN
     if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            old, new = _mathematics(before), _mathematics(values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
-        differing = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
-        if differing:
+        differing = differences(path, values)
+        if differing and (found(folder / "checkpoints") or any((folder / name).exists() for name in ADAPTERS)):
             raise ConfigError(
                 f"{folder} holds a run with other settings: {'; '.join(differing)}. Put them back to go on with that "
                 "run, or choose another `out`"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another `out`")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(path, values)
 
 
+def differences(path: Path, values: dict[str, Any]) -> list[str]:
+    """How the mathematics of a run.json differs from `values`, a phrase for each key. Raises ConfigError."""
+    try:
+        old, new = _mathematics(json.loads(path.read_bytes())), _mathematics(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
+    return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+
+
 def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a strict JSON file, whole or not at all. A figure that is NaN or infinite is written as null."""
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False)
+    write_file(partial, [text.encode()])
     partial.replace(path)
+    sync_folder(path.parent)
 
 
 def _mathematics(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..quality import metrics
 from ..tokens import prompt
 from ..tokens.encode import Encoder, encoder
 from ..tokens.trie import Trie, build, split
-from ..track import Tracker, last_validation
+from ..track import Tracker
 from . import optimizer as optimizers
 from . import plan as plans
 from . import runfolder, status
@@ -98,6 +98,8 @@ class At:
     """The lowest validation log loss."""
     truncated: int = 0
     """Row presentations that were too long."""
+    quality: dict[str, Any] | None = None
+    """The last validation's figures."""
 
 
 class Stopped(Exception):
@@ -114,7 +116,7 @@ def train(run: config.Run, console: Console) -> dict[str, Any]:
     for name in ("adapter", "best"):
         settle(folder / name)
     state = prepare(run, console)
-    runfolder.start(folder, run, {"fingerprint": state.about.data, "precision": state.base.precision})
+    runfolder.start(folder, run, decisive(state))
     at = resume(state, folder, console)
     show_plan(console, state, at.done)
     tracker = Tracker(folder / "metrics.jsonl", from_step=at.done)
@@ -154,7 +156,7 @@ def after_step(
             measured = None
         if measured is not None:
             quality, p = measured
-            at.validated = at.done
+            at.validated, at.quality = at.done, quality
             tracker.log(at.done, validation=quality)
             display.validation(at.done, quality)
             held, better = state.validation, quality["log_loss"] < at.best
@@ -173,8 +175,9 @@ def after_step(
 
 
 def finish(state: Training, at: At, folder: Path) -> dict[str, Any]:
-    """Writes the last adapter and evaluation.json from the validation that the metrics hold."""
-    quality = last_validation(folder / "metrics.jsonl")
+    """Writes the last adapter and evaluation.json, and returns the last validation's figures."""
+    assert at.quality is not None, "the last step is validated before this"
+    quality = at.quality
     save_adapter(state, folder / "adapter", at.done, quality)
     runfolder.write_json(folder / "evaluation.json", {"validation": quality, "truncated_rows": at.truncated})
     status.finished(folder)
@@ -219,6 +222,16 @@ def prepare(run: config.Run, console: Console) -> Training:
         if problem:
             console.print(f"layers are not compiled, which is slower: {problem}", style="yellow", markup=False)
     return state
+
+
+def decisive(state: Training) -> dict[str, Any]:
+    """What decides the mathematics besides the settings: see `runfolder.start`."""
+    found: dict[str, Any] = {"fingerprint": state.about.data, "precision": state.base.precision}
+    if state.run.lora.dropout:  # what is dropped depends on how a step is cut, and on what draws the random numbers
+        device = state.base.device.type
+        compiled = state.run.train.compile and device == "cuda"
+        found |= {"train.micro_batch_tokens": state.budget, "model.device": device, "train.compile": compiled}
+    return found
 
 
 def whole_questions(frame: pl.DataFrame, rows: int | None) -> pl.DataFrame:
@@ -324,11 +337,10 @@ def save_adapter(state: Training, folder: Path, step: int, quality: dict[str, An
 def save_checkpoint(state: Training, saver: Saver, at: At) -> None:
     """Hands everything a resume needs to the saver, which writes it while training goes on."""
     tensors, settings = optimizer_tensors(state.optimizer)
-    position = {"validated": at.validated, "best": at.best if at.validated else None, "truncated": at.truncated}
     saver.save(
         at.done,
         {"adapter": adapter.weights(state.model), "optimizer": tensors},
-        {"optimizer": settings, "at": position},
+        {"optimizer": settings, "at": metrics.plain(asdict(at))},
     )
 
 
@@ -339,6 +351,6 @@ def resume(state: Training, folder: Path, console: Console) -> At:
         return At()
     adapter.set_weights(state.model, saved.tensors["adapter"])
     restore_optimizer(state.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
-    position = saved.state["at"]
-    best = math.inf if position["best"] is None else position["best"]
-    return At(saved.step, position["validated"], best, position["truncated"])
+    at = At(**saved.state["at"])
+    at.best, at.quality = math.inf if at.best is None else at.best, metrics.figures(at.quality)
+    return at

@@ -1,0 +1,89 @@
+"""run.json, and what may change between two sessions of a run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import checkpoints, losses, prepared, settings, trained
+
+from veritune import config
+from veritune.data.generate import generate
+from veritune.errors import ConfigError
+from veritune.training import runfolder
+
+
+def run(folder: Path, **train: Any) -> config.Run:
+    return config.build(config.Run, {"out": str(folder), "train": train}, "test")
+
+
+def test_a_folder_in_which_nothing_was_saved_takes_other_settings(tmp_path: Path) -> None:
+    runfolder.start(tmp_path, run(tmp_path, lr=1e-3), {"fingerprint": "a"})
+    runfolder.start(tmp_path, run(tmp_path, lr=1e-4), {"fingerprint": "b"})
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["train"]["lr"] == 1e-4
+    for name in ("checkpoints/step-00000001", "best", "adapter"):
+        (tmp_path / name).mkdir(parents=True)
+        with pytest.raises(ConfigError, match=r"train\.lr was 0\.0001, is 0\.001; fingerprint was 'b', is 'c'"):
+            runfolder.start(tmp_path, run(tmp_path, lr=1e-3), {"fingerprint": "c"})
+        (tmp_path / name).rmdir()
+
+
+def test_a_resolved_value_stands_in_place_of_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="damaged"):
+        runfolder.start(tmp_path, run(tmp_path), {})
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "best").rmdir()
+    runfolder.start(tmp_path, run(tmp_path), {"train.micro_batch_tokens": 2048})
+    (tmp_path / "best").mkdir()
+    runfolder.start(tmp_path, run(tmp_path, micro_batch_tokens=2048), {"train.micro_batch_tokens": 2048})
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_tokens was 2048, is 512"):
+        runfolder.start(tmp_path, run(tmp_path, micro_batch_tokens=512), {"train.micro_batch_tokens": 512})
+
+
+def test_what_is_written_is_strict_json(tmp_path: Path) -> None:
+    runfolder.write_json(tmp_path / "x.json", {"auroc": math.nan, "range": (1.0, math.inf)})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"auroc": None, "range": [1.0, None]}
+
+
+def test_with_dropout_how_a_step_is_cut_may_not_change(tiny_folder: Path, tmp_path: Path) -> None:
+    """What is dropped depends on it, so the resumed run would not be the run."""
+    data = prepared(generate(8, solutions_per_question=4, seed=1), tmp_path / "d", 8)
+    for dropout, name in ((0.1, "dropped"), (0.0, "plain")):
+        cut = {"train": {"lr": 1e-3, "batch_size": 8, "per_question": 4, "micro_batch_tokens": 400}}
+        it = {"lora": {"rank": 8, "alpha": 16, "dropout": dropout}, "checkpoint": {"every": 1, "keep": 9}}
+        trained(settings(tmp_path / name, data, tiny_folder, **it, **cut))
+        cut["train"]["micro_batch_tokens"] = 4000
+        again = settings(tmp_path / name, data, tiny_folder, **it, **cut)
+        if dropout:
+            with pytest.raises(ConfigError, match=r"train\.micro_batch_tokens was 400, is 4000"):
+                trained(again)
+        else:
+            trained(again)
+
+
+def test_a_finished_run_whose_metrics_were_deleted_is_finished_still(tiny_folder: Path, tmp_path: Path) -> None:
+    """And rows of one label, whose AUROC is undefined, leave files that any reader of JSON takes."""
+    rows = generate(16, solutions_per_question=4, seed=1)
+    questions = list(dict.fromkeys(row["question"] for row in rows))
+    single = [row for row in rows if row["is_correct"] == bool(questions.index(row["question"]) % 2)]
+    data = prepared(single, tmp_path / "d", 8)
+    it = settings(tmp_path / "run", data, tiny_folder, validation={"rows": 1})
+    quality, _ = trained(it)
+    assert math.isnan(quality["auroc"])
+    out = tmp_path / "run"
+    before = (out / "evaluation.json").read_text()
+    assert json.loads(before)["validation"]["auroc"] is None
+    for file in (out / "metrics.jsonl", *out.rglob("*.json")):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+            json.loads(line, parse_constant=pytest.fail)
+    (out / "metrics.jsonl").unlink()
+    again, _ = trained(it)
+    assert again.keys() == quality.keys()
+    assert again["log_loss"] == quality["log_loss"]
+    assert math.isnan(again["auroc"])
+    assert (out / "evaluation.json").read_text() == before
+    assert losses(out) == []
+    assert len(checkpoints(out)) == 1
