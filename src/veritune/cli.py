@@ -25,6 +25,8 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
   veritune evaluate ADAPTER DATA        accuracy with interval, AUROC, calibration, by any column
   veritune score ADAPTER FILE --out F   the same rows with P(correct) added
   veritune submit ADAPTER TEST --out F  a competition's submission file
+  veritune runs [FOLDER]                the runs under a folder: state, step, loss, best, time left
+  veritune watch RUN                    one run, followed in the terminal
 
 `veritune VERB --help` explains a verb and all its settings.
 """
@@ -183,6 +185,28 @@ def demo(out: Path = Path("demo"), model: str | None = None, data: tuple[str, ..
     run(out, model, list(data), console)
 
 
+def runs(folder: Path_ = Path(".")) -> None:
+    """Lists the runs under a folder: state, phase, step, loss, best validation, time left.
+
+    Args:
+        folder: Where to look.
+    """
+    from .report.table import show_runs
+
+    show_runs(folder, console)
+
+
+def watch(run: Path_) -> None:
+    """Follows a run in the terminal; `q` or Ctrl-C ends the watching, not the run.
+
+    Args:
+        run: The run folder.
+    """
+    from .report.watch import watch as follow
+
+    follow(run, console)
+
+
 def load_verifier(adapter: Path, how: "UseSettings") -> Any:
     from .model.verifier import Verifier
 
@@ -197,6 +221,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "score": score,
     "submit": submit,
+    "runs": runs,
+    "watch": watch,
 }
 
 

@@ -1,0 +1,1 @@
+"""Seeing runs: as a table, live in the terminal, as one HTML page."""
