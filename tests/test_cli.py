@@ -196,6 +196,8 @@ def test_what_training_needs(
     assert "cannot be loaded" in said(place.prepared, place.prepared)
     assert "its linear layers are" in said(place.prepared, tiny_folder, "--lora.targets", "wqkv")
     assert "must differ in their token" in said(place.prepared, tiny_folder, "--prompt.answers", "True", "True")
+    assert "prompt.max_length = 1025" in said(place.prepared, tiny_folder, "--prompt.max-length", "1025")
+    assert "positions for 1024 tokens" in said(place.prepared, tiny_folder, "--prompt.max-length", "1025")
     assert "not an adapter folder" in said(place.prepared, tiny_folder, "--train.start-from", str(tmp_path))
     assert not out.exists()
     changed = told(capsys, "train", place.run_file, "--data.rows", "24", "--train.lr", "2e-3")

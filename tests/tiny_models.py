@@ -4,6 +4,7 @@ Weights are random and wider than a fresh model's (std 0.1), so that attention i
 shows.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,3 +128,59 @@ def write_folder(folder: Path, *, family: str = "llama", seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_gguf(file: Path, *, seed: int = 0) -> Path:
+    """A GGUF of a random 2-layer Llama in Q4_0 and float32, with the byte-level tokenizer."""
+    import gguf
+    import numpy as np
+    from gguf import quants
+
+    tokenizer = byte_level(worked_text())
+    tokens: list[str] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = {*SPECIAL, *ADDED}
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    hidden, wide, heads, layers = 64, 128, 4, 2
+    out = gguf.GGUFWriter(file, "llama")
+    out.add_block_count(layers)
+    out.add_context_length(1024)
+    out.add_embedding_length(hidden)
+    out.add_feed_forward_length(wide)
+    out.add_head_count(heads)
+    out.add_head_count_kv(heads // 2)
+    out.add_rope_dimension_count(hidden // heads)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_vocab_size(len(tokens))
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(tokens)
+    out.add_token_types([3 if token in special else 1 for token in tokens])
+    out.add_token_merges([" ".join(pair) for pair in merges])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    out.add_pad_token_id(0)
+    out.add_chat_template(CHAT)
+    rng = np.random.default_rng(seed)
+
+    def put(name: str, *shape: int) -> None:
+        values = rng.normal(0, 0.1, shape).astype(np.float32)
+        if len(shape) == 1:
+            out.add_tensor(name, values + 1)
+        else:
+            kind = gguf.GGMLQuantizationType.Q4_0
+            out.add_tensor(name, quants.quantize(values, kind), raw_dtype=kind)
+
+    put("token_embd.weight", len(tokens), hidden)
+    put("output_norm.weight", hidden)
+    put("output.weight", len(tokens), hidden)
+    for layer in range(layers):
+        for name, *shape in (
+            ("attn_norm", hidden), ("ffn_norm", hidden), ("attn_q", hidden, hidden), ("attn_k", hidden // 2, hidden),
+            ("attn_v", hidden // 2, hidden), ("attn_output", hidden, hidden), ("ffn_gate", wide, hidden),
+            ("ffn_up", wide, hidden), ("ffn_down", hidden, wide),
+        ):  # fmt: skip
+            put(f"blk.{layer}.{name}.weight", *shape)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return file

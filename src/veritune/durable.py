@@ -261,6 +261,25 @@ def write_folder(place: Path, files: Mapping[str, Parts], step: int | None = Non
         discard(old, trash=beside(place, "trash"))
 
 
+def adopt_folder(place: Path) -> None:
+    """Puts `.NAME.new`, which another library has written, in place with a manifest over its files, synced, instead of
+    what stood there. Raises OSError; `looks_whole` tells whether it was done."""
+    new = beside(place, "new")
+    entries: dict[str, Any] = {}
+    for path in sorted(new.iterdir()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            entries[path.name] = {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+    write_file(new / MANIFEST, [manifest(0, entries)])
+    sync_folder(new)
+    discard(place)
+    os.rename(new, place)
+    sync_folder(place.parent)
+
+
 def _advice(place: Path, files: Mapping[str, Parts], error: OSError | Damaged) -> str:
     size = sum(memoryview(part).nbytes for parts in files.values() for part in parts)
     reason = str(error.strerror or error) if isinstance(error, OSError) else f"read back, {error}"

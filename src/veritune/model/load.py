@@ -7,8 +7,11 @@ trie batches compute what the model computes row by row.
 import contextlib
 import io
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import config
 from ..errors import ConfigError, MissingError, ModelError
 from ..tokens.trie import build
-from . import attention
+from . import attention, gguf, hub
 from .verdict import label_logits, rowwise_logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
@@ -68,11 +71,14 @@ def load_base(settings: config.Model) -> Base:
     local = Path(path).expanduser()
     if looks_local and not local.exists():
         raise MissingError(f"model.path = {path!r}: no such file or folder")
+    if not local.exists():
+        hub.check(path)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    say = partial(print, file=sys.stderr)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # bars of other libraries
-            model, tokenizer = _load(path, local, precision, device)
+            model, tokenizer = _load(path, local, precision, device, say)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -84,9 +90,9 @@ def load_base(settings: config.Model) -> Base:
     return Base(model, tokenizer, device, precision, path)
 
 
-def _load(path: str, local: Path, precision: str, device: torch.device) -> tuple[Any, Any]:
+def _load(path: str, local: Path, precision: str, device: torch.device, say: Callable[[str], None]) -> tuple[Any, Any]:
     if local.is_file():
-        return _from_gguf(local, precision, device)
+        return _from_gguf(local, precision, device, say)
     name = str(local) if local.is_dir() else path
     tokenizer = AutoTokenizer.from_pretrained(name)
     return _from_folder(name, precision, device), tokenizer
@@ -110,16 +116,15 @@ def _from_folder(name: str, precision: str, device: torch.device) -> Any:
     return model
 
 
-def _from_gguf(file: Path, precision: str, device: torch.device) -> tuple[Any, Any]:
+def _from_gguf(file: Path, precision: str, device: torch.device, say: Callable[[str], None]) -> tuple[Any, Any]:
     """A GGUF's weights, dequantised. transformers refuses GGUF and NF4 at once, so NF4 goes through a saved folder."""
-    folder, name = str(file.parent), file.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": DTYPES[precision]}
-    model = _whole(AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options))
+    found = gguf.kept(file, DTYPES[precision], _whole, say)
+    if isinstance(found, Path):
+        return _from_folder(str(found), precision, device), AutoTokenizer.from_pretrained(str(found))
+    model, tokenizer = found
     if precision != "nf4":
         return model.to(device), tokenizer
     with tempfile.TemporaryDirectory(prefix="veritune-gguf-") as scratch:
-        model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(scratch)
         return _from_folder(scratch, precision, device), tokenizer
 
@@ -174,6 +179,16 @@ def check_paths(base: Base, max_length: int) -> str | None:
     if reason:
         base.model.set_attn_implementation(before)
     return reason
+
+
+def check_length(base: Base, max_length: int) -> None:
+    """Raises ConfigError if rows may be longer than the positions that the model was made for."""
+    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"prompt.max_length = {max_length}: {base.path} has positions for {positions} tokens; set "
+            f"prompt.max_length = {positions} or less, or take another model.path"
+        )
 
 
 def _beyond_paths(text: Any, max_length: int) -> str | None:

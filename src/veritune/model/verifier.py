@@ -56,6 +56,7 @@ class Verifier:
             config.Model, {"path": base or about.base, "base": precision, "device": device}, "verifier"
         )
         loaded = load.load_base(settings)
+        load.check_length(loaded, about.frame.max_length)
         check_answers(about.frame, loaded.tokenizer)
         reason = load.check_paths(loaded, about.frame.max_length)
         if reason:

@@ -99,18 +99,8 @@ def score_file(
     Raises DataError if the side file belongs to other rows or another scorer, or the source changed meanwhile;
     NonFiniteError if a score is not a number.
     """
-    partial = partial_for(rows, out, identity)
-    for note in rows.notes:
-        say(console, note)
-    p, resumed = score_pairs(
-        scorer,
-        rows.questions,
-        rows.solutions,
-        skip=rows.unscorable,
-        place=rows.place,
-        console=console,
-        partial=partial,
-        chunk_rows=chunk_rows,
+    p, resumed, partial = score_rows_of(
+        scorer, rows, out, identity=identity, notes=rows.notes, console=console, chunk_rows=chunk_rows
     )
     write_scored(rows, p, out)
     partial.path.unlink(missing_ok=True)
@@ -127,6 +117,34 @@ def score_file(
     if rows.unscorable:
         say(console, f"not scored, p_correct is null: {explain(rows.unscorable, rows.place)}")
     return result
+
+
+def score_rows_of(
+    scorer: Scorer,
+    rows: RowFile,
+    out: Path,
+    *,
+    identity: str,
+    notes: Sequence[str],
+    console: Console,
+    chunk_rows: int = CHUNK,
+) -> tuple[Floats, int, Partial]:
+    """Says the notes and scores a file's rows for the output `out`, going on where an earlier run stopped: P(correct)
+    as `score_pairs` gives it, how many were resumed, and the side file, to be deleted once `out` is written."""
+    partial = partial_for(rows, out, identity)
+    for note in notes:
+        say(console, note)
+    p, resumed = score_pairs(
+        scorer,
+        rows.questions,
+        rows.solutions,
+        skip=rows.unscorable,
+        place=rows.place,
+        console=console,
+        partial=partial,
+        chunk_rows=chunk_rows,
+    )
+    return p, resumed, partial
 
 
 def score_pairs(

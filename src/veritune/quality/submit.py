@@ -19,7 +19,7 @@ from ..data.lines import Refused, read_csv, read_lines
 from ..errors import DataError, MissingError
 from .metrics import verdicts
 from .rowfile import RowFile, check_free, explain, read_rows, replacing
-from .score import CHUNK, Scorer, partial_for, say, score_pairs
+from .score import CHUNK, Scorer, say, score_rows_of
 
 HEADER = ["ID", "is_correct"]
 
@@ -155,18 +155,8 @@ def submit(
     A row that cannot be scored is submitted as False. `identity` as in `score.partial_for`; raises as `score_file`.
     """
     rows = submission.rows
-    for note in submission.notes:
-        say(console, note)
-    partial = partial_for(rows, out, identity)
-    p, resumed = score_pairs(
-        scorer,
-        rows.questions,
-        rows.solutions,
-        skip=rows.unscorable,
-        place=rows.place,
-        console=console,
-        partial=partial,
-        chunk_rows=chunk_rows,
+    p, resumed, partial = score_rows_of(
+        scorer, rows, out, identity=identity, notes=submission.notes, console=console, chunk_rows=chunk_rows
     )
     said = verdicts(np.nan_to_num(p, nan=0.0))
     text = io.StringIO()

@@ -193,6 +193,7 @@ def prepare(run: config.Run, console: Console) -> Training:
     rows = Rows.of(frame)
     with console.status("loading the model"):
         base = load.load_base(run.model)
+        load.check_length(base, run.prompt.max_length)
         words = prompt.render(run.prompt, base.tokenizer)
         rows_encoder = encoder(words, base.tokenizer)
         reason = load.check_paths(base, run.prompt.max_length)

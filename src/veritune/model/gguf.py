@@ -1,0 +1,122 @@
+"""GGUF files: read by transformers, dequantised in Python, which takes 20 s for 135 million weights; so what comes out
+is kept as an ordinary model folder and read from there the next time, in about a second and bit for bit the same.
+
+The folders stand in `VERITUNE_CACHE` (a folder, or `off`), by default `~/.cache/veritune`; any of them may be deleted
+at any time. A name holds the hash of the GGUF's content, so a moved or copied file is found again and a changed one
+is not mistaken.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from .. import durable
+
+FORMAT = 1
+VARIABLE = "VERITUNE_CACHE"
+
+
+def cache_folder() -> Path | None:
+    """Where converted weights are kept; None if they are not to be."""
+    named = os.environ.get(VARIABLE, "")
+    if named.lower() in ("off", "0", "no", "none"):
+        return None
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "veritune"
+
+
+def read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """What transformers makes of a GGUF: the model on the CPU with transformers' report of its loading, and the
+    tokenizer. The model no longer says that it was quantised."""
+    options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
+    folder, name = str(file.parent), file.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options)
+    loaded[0].config.__dict__.pop("quantization_config", None)
+    return loaded, tokenizer
+
+
+def place_of(file: Path, dtype: torch.dtype, root: Path) -> Path:
+    """The folder for a GGUF's weights: named by its content, the type of number, and who converts."""
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256")
+    digest.update(f"{FORMAT} {transformers.__version__}".encode())
+    return root / "gguf" / f"{file.stem}-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:32]}"
+
+
+def kept(
+    file: Path, dtype: torch.dtype, whole: Callable[[Any], Any], say: Callable[[str], None]
+) -> Path | tuple[Any, Any]:
+    """The folder with a GGUF's weights and tokenizer, made if it is not there; or, where it cannot be kept, model and
+    tokenizer.
+
+    whole: takes transformers' model and report and gives the model, or raises. Processes that want the same folder
+    wait for the one that makes it. Raises what transformers raises for a file that is no GGUF; trouble with the disk
+    is said and costs no more than the time.
+    """
+    root = cache_folder()
+    made: tuple[Any, Any] | None = None
+    try:
+        if root is not None:
+            place = place_of(file, dtype, root)
+            if durable.looks_whole(place):
+                return place
+            durable.make_folder(place.parent)
+            with FileLock(durable.beside(place, "lock")):
+                if durable.looks_whole(place):  # another process made it meanwhile
+                    return place
+                loaded, tokenizer = _reading(file, dtype)
+                made = whole(loaded), tokenizer
+                size = _keep(*made, place)
+            say(f"{file}: its weights are kept in {place} ({size / 1e6:,.0f} MB), so that they load faster the next "
+                f"time; {VARIABLE}=off keeps none")  # fmt: skip
+            return place
+    except _Unread as error:
+        raise error.args[0] from None
+    except OSError as error:
+        say(f"{file}: its converted weights cannot be kept in {root}: {error.strerror or error}. It takes longer to "
+            "load each time")  # fmt: skip
+    if made is None:
+        loaded, tokenizer = read(file, dtype)
+        made = whole(loaded), tokenizer
+    return made
+
+
+class _Unread(Exception):
+    """The GGUF cannot be read; its argument says why. Not the disk of the cache."""
+
+
+def _reading(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        return read(file, dtype)
+    except Exception as error:
+        raise _Unread(error) from error
+
+
+def _keep(model: Any, tokenizer: Any, place: Path) -> int:
+    """Writes the folder, whole or not at all, and gives its size in bytes. Raises OSError."""
+    durable.settle(place)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    free = shutil.disk_usage(place.parent).free
+    if free < 1.05 * size + (1 << 30):
+        raise OSError(f"{free / 1e9:,.1f} GB are free, {size / 1e9:,.1f} GB and 1 GB to spare are wanted")
+    new = durable.beside(place, "new")
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        durable.adopt_folder(place)
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(new)
+        raise
+    return sum(file.stat().st_size for file in place.iterdir())
