@@ -1,0 +1,154 @@
+"""Peak GPU memory of a training step, from a model's shape and the settings, before anything is loaded.
+
+    peak = weights + adapter (parameters, gradients, optimiser state) + what autograd keeps of every layer
+         + the most that one moment of the backward pass needs beside that + what the CUDA libraries take
+
+What autograd keeps was read off the layers (`tests/training/test_memory.py` traces real ones and compares); what the
+libraries take was measured. All constants stand in the tables below; `benchmarks/memory_grid.py` compares them with a
+GPU. T: tokens of a micro-batch; P: entries of all its paths; sizes in bytes.
+"""
+
+from dataclasses import dataclass
+
+from ..model.shape import Shape
+
+MIB, GIB = 2**20, 2**30
+LIBRARIES = 80 * MIB
+"""Workspaces of cuBLAS, of the forward and of the backward thread."""
+
+WEIGHT = {"fp32": 4.0, "bf16": 2.0, "nf4": 4.127 / 8, "fp8": 2.0}
+"""Bytes of one weight in a decoder layer's products. nf4: 4 bits, and scales of 8 bits for 64 weights which share one
+of 32 bits for 256 (Dettmers et al. 2023, section 3). fp8: one byte for each orientation."""
+ELEMENT = {"fp32": 4, "bf16": 2, "nf4": 2, "fp8": 2}
+"""Bytes of one activation."""
+STATE = {"adamw_torch": 8.0, "adamw_8bit": 2.03, "paged_adamw_32bit": 8.0, "lion_8bit": 1.02}
+"""Bytes of optimiser state for one trained parameter; 8-bit states have a float32 scale for 256."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Elements for each token of one layer, in units of the model's widths."""
+
+    hidden: float = 0
+    """x hidden size, in the activations' type."""
+    wide: float = 0
+    """x hidden size, in float32."""
+    query: float = 0
+    """x heads x head size."""
+    key: float = 0
+    """x key heads x head size."""
+    inner: float = 0
+    """x the width inside the MLP."""
+    low: float = 0
+    """x the sum of the ranks of a layer's adapters."""
+    sums: float = 0
+    """x (heads + 2), in float32: the softmax's sums, and one of each norm."""
+
+
+KEPT = {
+    # Norm inputs in float32 (2 wide) and outputs (2 hidden); queries, attention's outputs; keys, values; gate,
+    # silu(gate), up and their product.
+    "plain": Widths(hidden=2, wide=2, query=2, key=2, inner=4, low=1, sums=1),
+    # The partitioner keeps norm inputs as they come, and computes silu(gate) again.
+    "compiled": Widths(hidden=4, query=2, key=2, inner=3, low=1, sums=1),
+}
+"""What autograd keeps of one layer."""
+
+FIRST = {"plain": Widths(wide=1), "compiled": Widths(hidden=1)}
+"""What the first layer does not keep of that, since its input has no gradient: the first norm's input."""
+
+MLP = {"plain": Widths(hidden=1, inner=2), "compiled": Widths(hidden=1, inner=2)}
+"""The gradients that live beside that while the last product of a layer's MLP goes back."""
+
+FINAL_NORM = Widths(wide=6)
+"""The same for the norm after the last layer, which is never compiled."""
+
+ATTENTION = Widths(hidden=1, query=2)
+"""The same for attention, less paths: the gradients of its output and of the queries."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides memory besides the model and the micro-batch."""
+
+    precision: str  # fp32 | bf16 | nf4 | fp8
+    rank: int
+    targets: tuple[str, ...]
+    optimizer: str
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The size of a micro-batch."""
+
+    tokens: int
+    entries: int
+    """The lengths of all paths summed; see `tokens.trie.Trie`."""
+    segments: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the highest moment of a step, by what they are for."""
+
+    weights: float
+    adapter: float
+    kept: float
+    working: float
+    libraries: float = LIBRARIES
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapter + self.kept + self.working + self.libraries
+
+
+def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
+    """The highest moment of a step in which the first `recomputed` layers compute their activations again.
+
+    Recomputing the first ones is best: the backward pass begins at the last, and what those kept is free again when the
+    first of the others is computed.
+    """
+    element, mode = ELEMENT[job.precision], "compiled" if job.compiled else "plain"
+    low = job.rank * shape.adapted(job.targets)
+
+    def size(widths: Widths) -> float:
+        return batch.tokens * (
+            element * (widths.hidden * shape.hidden + widths.query * shape.queries + widths.key * shape.keys)
+            + element * (widths.inner * shape.inner + widths.low * low)
+            + 4 * (widths.wide * shape.hidden + widths.sums * (shape.heads + 2))
+        )  # fmt: skip
+
+    trained = shape.trained(job.targets, job.rank)
+    copies = (element if element < 4 else 0) * trained / shape.layers  # of A and B, which products use
+    kept = size(KEPT[mode]) + copies
+    inside = size(Widths(hidden=KEPT[mode].hidden / 2, wide=KEPT[mode].wide / 2, inner=KEPT[mode].inner))
+    attention = size(ATTENTION) - inside + _paths(shape, batch, element)
+    backward = max(size(MLP[mode]), attention)
+    readout = batch.rows * shape.vocabulary * (element + 3 * 4)
+    whole = shape.layers - recomputed
+    boundaries = recomputed * batch.tokens * element * shape.hidden
+    first = size(FIRST[mode]) if not recomputed else 0
+    # The top of the backward pass; the last layer that kept all; one that was computed again.
+    moments = [(whole * kept - first, max(size(FINAL_NORM), readout)), (max(whole, 1) * kept - first, backward)]
+    of_layers, working = max(moments, key=sum)
+    if job.precision == "nf4":
+        working += 2 * shape.largest
+    rotary = 2 * batch.tokens * element * shape.head_dim
+    indices = 16 * batch.tokens + 8 * batch.entries
+    return Peak(
+        weights=WEIGHT[job.precision] * shape.inside + ELEMENT[job.precision] * shape.outside,
+        adapter=trained * (4 + 4 + STATE[job.optimizer]),  # parameters and gradients are float32
+        kept=boundaries + of_layers + rotary + indices,
+        working=working,
+    )
+
+
+def _paths(shape: Shape, batch: Batch, element: int) -> float:
+    """What the backward pass of attention along paths allocates: keys, values and their gradients gathered along all
+    paths, the gradients once more for every query head where heads share keys; FlashAttention 2's float32 gradient of
+    the queries, padded by up to 128 tokens a segment."""
+    spread = 2 * shape.queries if shape.heads != shape.key_heads else 0
+    padded = batch.tokens + 128 * batch.segments
+    return batch.entries * element * (4 * shape.keys + spread) + 4 * padded * (shape.queries + shape.heads)
