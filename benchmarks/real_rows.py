@@ -48,6 +48,7 @@ def one(words: tuple[str, str], together: int, options: argparse.Namespace) -> d
     for file in options.measure:
         figures = options.out / f"{name}-{file}.json"
         flags = ("--by", "solver") if file == "unseen_solvers" else ()
+        flags += ("--baseline",) if together == TOGETHER[0] else ()
         veritune(
             "evaluate",
             str(run / "adapter"),
@@ -57,7 +58,11 @@ def one(words: tuple[str, str], together: int, options: argparse.Namespace) -> d
             *flags,
             log=log,
         )
-        result[file] = json.loads(figures.read_text())["adapter"]
+        measured = json.loads(figures.read_text())
+        result[file] = measured["adapter"]
+        if "baseline" in measured:
+            base = measured["baseline"]
+            print(f"{name} {file}: untrained accuracy {base['accuracy']:.4f}, AUROC {base['auroc']:.4f}", flush=True)
     print(name, "done", flush=True)
     return result
 

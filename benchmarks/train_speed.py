@@ -99,12 +99,13 @@ def main() -> None:
         parts = split([rows[i] for i in chosen], o.micro_batch_tokens)
         return [(build([rows[chosen[i]] for i in p]), torch.from_numpy(labels[chosen[p]])) for p in parts]
 
-    def step(micros: list) -> None:
+    def step(micros: list) -> torch.Tensor:
         for trie, y in micros:
             label_loss(label_logits(model, trie, device), y.to(device), answers).div(o.examples).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         stepper.step()
         stepper.zero_grad(set_to_none=True)
+        return norm
 
     count = 3 + o.windows * o.steps
     micros = [batch(i) for i in range(count)]
@@ -116,8 +117,7 @@ def main() -> None:
     step(micros[0])
     torch.cuda.synchronize()
     first = time.perf_counter() - start
-    for i in (1, 2):
-        step(micros[i])
+    norms = [float(step(micros[i])) for i in (1, 2)]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     seconds, tokens = [], []
@@ -140,6 +140,7 @@ def main() -> None:
         "TFLOP/s of matrix rate": round(rate / 1e12), "mean length": round(plain, 1),
         "tokens a row": round(float(np.mean(tokens)) / o.examples, 1),
         "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1), "first step s": round(first, 1),
+        "gradient norms": norms,
         "device": torch.cuda.get_device_name(),
     }  # fmt: skip
     print("RESULT " + json.dumps(result), flush=True)

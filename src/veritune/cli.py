@@ -41,7 +41,7 @@ class UseSettings:
 
     model: str | None = None
     """Where the base model is, if it has moved."""
-    base: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    base: Literal["auto", "fp32", "bf16", "nf4", "fp8"] = "auto"
     """Precision of the base model; auto is the one it was trained with."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""

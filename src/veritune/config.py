@@ -43,9 +43,10 @@ class Model:
 
     path: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """A hub id, a folder with weights and tokenizer, or a .gguf file."""
-    base: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    base: Literal["auto", "fp32", "bf16", "nf4", "fp8"] = "auto"
     """How the frozen weights are held. auto: bf16 where the GPU or CPU multiplies in
-    it, else fp32. nf4: 4-bit with double quantisation."""
+    it, else fp32. nf4: 4-bit with double quantisation. fp8: products in 8 bits, the fastest on GPUs that have them
+    (Ada, Hopper and later)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run. auto: a CUDA GPU if there is one."""
 

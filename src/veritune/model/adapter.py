@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import __version__, config
 from ..errors import ConfigError, MissingError, ModelError
 from ..tokens.prompt import Frame
-from . import lora
+from . import lora, precision
 from .load import Base
 
 ABOUT = "veritune.json"
@@ -91,8 +91,15 @@ def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str
             model = get_peft_model(base.model, wanted)
     except ValueError as error:
         raise ConfigError(f"lora.targets = {list(settings.targets)}: {str(error).splitlines()[0]}") from None
-    lora.speed_up(model)
+    _speed_up(model, base)
     return model
+
+
+def _speed_up(model: Any, base: Base) -> None:
+    """Our products in place of PEFT's; the base in FP8 only now, since PEFT wraps plain layers."""
+    lora.speed_up(model)
+    if base.precision == "fp8":
+        precision.to_fp8(model)
 
 
 def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropout: float | None = None) -> Any:
@@ -131,7 +138,7 @@ def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropo
     broken = [name for name, value in wanted.items() if not bool(value.isfinite().all())]
     if broken:
         raise ModelError(f"{path}: {len(broken)} of the adapter's tensors are not finite, {broken[0]} for one")
-    lora.speed_up(model)
+    _speed_up(model, base)
     return model
 
 

@@ -30,7 +30,7 @@ from ..tokens.trie import build
 from . import attention, gguf, hub
 from .verdict import label_logits, rowwise_logits
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Base:
     model: Any
     tokenizer: Any
     device: torch.device
-    precision: str  # fp32 | bf16 | nf4
+    precision: str  # fp32 | bf16 | nf4 | fp8
     path: str
 
 

@@ -1,8 +1,7 @@
 """PEFT's LoRA linear with a faster forward and backward.
 
 A subclass of PEFT's own layer, put in place by changing an instance's class: the module's name, parameters and
-therefore the saved adapter stay PEFT's. Base and update are one autograd function, in which the update is added in the
-product that makes it, and so are the two parts of the input's gradient: no pass over [tokens, width] of its own.
+therefore the saved adapter stay PEFT's. Base and update are one autograd function over the products of `precision`.
 Nothing in it works in place: under torch 2.11's compiler that gave zero gradients.
 """
 
@@ -13,25 +12,28 @@ from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
+from .precision import Kind, frozen_parts, plus, plus_back, single_absmax
+
 
 class _LoraLinear(torch.autograd.Function):
     """x W^T + bias + scaling (x A^T) B^T with a frozen W. x: [T, in], W: [out, in], A: [r, in], B: [out, r]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, kind: Kind, *frozen: Tensor
+    ) -> Tensor:
         low = (x @ a.t()) * scaling
-        ctx.save_for_backward(x, w, a, b, low)
-        ctx.scaling = scaling
-        y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
-        return torch.addmm(y, low, b.t())
+        ctx.save_for_backward(x, a, b, low, *frozen)
+        ctx.scaling, ctx.kind = scaling, kind
+        return plus(kind, x, frozen, bias, low, b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, low = ctx.saved_tensors
+        x, a, b, low, *frozen = ctx.saved_tensors
         (grad,) = grads
         grad_low = (grad @ b) * ctx.scaling
-        grad_x = torch.addmm(grad @ w, grad_low, a) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_low.t() @ x, grad.t() @ low, None
+        grad_x = plus_back(ctx.kind, grad, tuple(frozen), grad_low, a.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, None, grad_low.t() @ x, grad.t() @ low, None, None, *(None for _ in frozen)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -45,9 +47,10 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     flat = x.reshape(-1, x.shape[-1])
     a, b = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
     base = layer.base_layer
-    if type(base) is torch.nn.Linear and (isinstance(dropout, torch.nn.Identity) or not dropout.training):
-        y = _LoraLinear.apply(flat, base.weight, base.bias, a, b, scaling)
-    else:  # a quantised base, or dropout between the input and A
+    parts = frozen_parts(base)
+    if parts is not None and (isinstance(dropout, torch.nn.Identity) or not dropout.training):
+        y = _LoraLinear.apply(flat, base.bias, a, b, scaling, parts[0], *parts[1])
+    else:  # dropout between the input and A
         y = torch.addmm(base(flat), (dropout(flat) @ a.t()) * scaling, b.t())
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -66,8 +69,10 @@ class FastLinear4bit(Linear4bit):
 
 def speed_up(model: torch.nn.Module) -> None:
     """Gives every plain LoRA linear of a PEFT model the faster forward."""
+    module: Any
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = FastLinear
         elif type(module) is Linear4bit:
             module.__class__ = FastLinear4bit
+            single_absmax(module.base_layer)  # pyright: ignore[reportArgumentType]

@@ -12,22 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens.trie import Trie, build
-from .attention import paths_of
+from .attention import Paths, paths_of
 
 
 def label_logits(model: Any, trie: Trie, device: torch.device) -> Tensor:
     """Logits of the token after each row, float32 [rows, vocabulary], of a causal language model of transformers'
     whose attention is `attention.NAME`."""
-    ids = torch.from_numpy(trie.ids).to(device, non_blocking=True)
-    positions = torch.from_numpy(trie.positions).to(device, non_blocking=True)
-    ends = torch.from_numpy(trie.ends).to(device, non_blocking=True)
-    out = model(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        paths=paths_of(trie, device),
-        logits_to_keep=ends,
-        use_cache=False,
+    ids, positions, ends = (
+        torch.from_numpy(a).to(device, non_blocking=True) for a in (trie.ids, trie.positions, trie.ends)
     )
+    return logits_of(model, ids, positions, ends, paths_of(trie, device))
+
+
+def logits_of(model: Any, ids: Tensor, positions: Tensor, ends: Tensor, paths: Paths) -> Tensor:
+    """The same of a trie's arrays on the device: ids and positions int64 [T], ends int64 [rows]."""
+    out = model(
+        input_ids=ids[None], position_ids=positions[None], paths=paths, logits_to_keep=ends, use_cache=False
+    )  # fmt: skip
     return out.logits[0].float()
 
 

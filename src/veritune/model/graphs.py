@@ -1,0 +1,124 @@
+"""Training passes recorded as CUDA graphs, for models so small that a GPU would wait for Python between its kernels.
+
+A graph repeats the kernels of one forward and backward pass on the same memory. Tries are padded to a few sizes
+(`tokens.pad`), one graph for each; gradients add up in the parameters' `grad`, which must stay where it is: zero it,
+never drop it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens.pad import Size, pad
+from ..tokens.trie import Trie
+from .attention import Paths
+from .verdict import logits_of
+
+MOST = 24
+"""Sizes that are recorded; a trie of yet another size is computed the plain way."""
+TOLERANCE = 0.05
+"""Of the gradient's norm: recorded and plain passes run the same kernels, on a few tokens of padding more."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    numbers: Tensor  # int64: ids, positions, path, ends, labels, segments, paths, one after the other
+    weights: Tensor  # float32 [rows]
+    loss: Tensor
+
+
+class Graphs:
+    """Passes of one model with one adapter."""
+
+    def __init__(self, model: Any, device: torch.device, answer_ids: tuple[int, int]) -> None:
+        self._model, self._device, self._answers = model, device, answer_ids
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._recorded: dict[Size, _Recorded] = {}
+        self._pool: Any = None
+
+    def backward(self, trie: Trie, labels: np.ndarray, scale: float) -> Tensor | None:
+        """Adds the gradients of scale x the summed label loss to the parameters' `grad`, and returns that loss; None if
+        this trie's size is not recorded and no more sizes are taken. labels: bool [rows]."""
+        mine = Size.of(trie)
+        size = min((size for size in self._recorded if size.holds(mine)), default=None)
+        if size is None:
+            if len(self._recorded) == MOST:
+                return None
+            size = mine.roomy()
+            if not size.holds(mine):
+                return None
+        padded = pad(trie, size)
+        answers = np.where(labels, *self._answers)
+        more = np.zeros(size.rows - len(labels))
+        parts = (padded.ids, padded.positions, padded.path, padded.ends, np.concatenate((answers, more)))
+        numbers = np.concatenate((*parts, padded.segments, padded.paths)).astype(np.int64)
+        weights = np.concatenate((np.full(len(labels), scale), more)).astype(np.float32)
+        if size not in self._recorded:
+            self._recorded[size] = self._record(size, numbers, weights)
+        run = self._recorded[size]
+        run.numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
+        run.weights.copy_(torch.from_numpy(weights).pin_memory(), non_blocking=True)
+        run.graph.replay()
+        return run.loss.clone()
+
+    def _record(self, size: Size, numbers: np.ndarray, weights: np.ndarray) -> _Recorded:
+        for p in self._parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        before = [p.grad.clone() for p in self._parameters if p.grad is not None]
+        inputs = torch.from_numpy(numbers).to(self._device), torch.from_numpy(weights).to(self._device)
+        aside = torch.cuda.Stream(self._device)
+        aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(aside):  # lazy set-up of libraries must not fall into the recording
+            self._loss(size, *inputs).backward()
+        torch.cuda.current_stream(self._device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = self._loss(size, *inputs)
+            loss.backward()
+        self._pool = graph.pool()
+        for p, grad in zip(self._parameters, before, strict=True):
+            p.grad.copy_(grad)  # pyright: ignore[reportOptionalMemberAccess]
+        return _Recorded(graph, *inputs, loss.detach())
+
+    def _loss(self, size: Size, numbers: Tensor, weights: Tensor) -> Tensor:
+        counts = (size.tokens, size.tokens, size.path, size.rows, size.rows, size.segments + 1, size.segments + 1)
+        ids, positions, path, ends, answers, segments, paths = numbers.split(counts)
+        along = Paths(segments.int(), path, paths.int(), size.longest_segment, size.longest_path)
+        logits = logits_of(self._model, ids, positions, ends, along)
+        return (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
+
+
+def record(
+    model: Any,
+    device: torch.device,
+    answer_ids: tuple[int, int],
+    trie: Trie,
+    labels: np.ndarray,
+    plain: Callable[[], Tensor],
+) -> tuple[Graphs | None, str | None]:
+    """Graphs of a model, if the first one gives the gradients of `plain()`, a loss of the same few real rows; or None
+    and why not. Leaves `grad` at zero."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain().backward()
+    expected = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+    for p in trained:
+        p.grad = None
+    graphs = Graphs(model, device, answer_ids)
+    try:
+        graphs.backward(trie, labels, 1.0)
+        found = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+    except RuntimeError as error:
+        torch.cuda.synchronize(device)
+        return None, f"recording failed: {str(error).splitlines()[0]}"
+    for p in trained:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+    off = float((found - expected).norm() / expected.norm())
+    if off <= TOLERANCE:
+        return graphs, None
+    return None, f"recorded passes give gradients that are off by {off:.0%}"

@@ -1,0 +1,170 @@
+"""Products with a frozen weight in whatever precision it is held, plus a low-rank update, as single operators.
+
+`plus` computes x W^T + low up^T. W stands as it is, as NF4 (bitsandbytes) or as FP8. Each product is an operator that a
+compiler does not look into, so that the update is added in place: compiled, it would be added to a copy.
+
+FP8 (e4m3, Micikevicius et al. 2022): weights are scaled by row once, in both layouts, activations and gradients by row
+each time. The update itself stays in bf16. Where there are no FP8 products the same numbers are multiplied in float32.
+"""
+
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .load import layers
+
+Kind = Literal["plain", "nf4", "fp8"]
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+
+
+@torch.library.custom_op("veritune::product_plus", mutates_args=())
+def product_plus(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
+    """x [T, k], w [n, k], bias [n], low [T, r], up [n, r] -> x w^T + bias + low up^T [T, n]."""
+    y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
+    return y.addmm_(low, up.t())
+
+
+@product_plus.register_fake
+def _(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+@torch.library.custom_op("veritune::product_plus_nf4", mutates_args=())
+def product_plus_nf4(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, low: Tensor, up: Tensor, back: bool
+) -> Tensor:
+    """The same with w [n, k] unpacked from NF4 for this product only; `back`: with w^T, so x [T, n] -> [T, k]."""
+    inner, outer = x.shape[1], up.shape[0]
+    w = unpack(packed, absmax, (inner, outer) if back else (outer, inner), x.dtype)
+    return product_plus(x, w.t() if back else w, bias, low, up)
+
+
+@product_plus_nf4.register_fake
+def _(x: Tensor, packed: Tensor, absmax: Tensor, bias: Any, low: Tensor, up: Tensor, back: bool) -> Tensor:
+    return x.new_empty(x.shape[0], up.shape[0])
+
+
+@torch.library.custom_op("veritune::product_plus_fp8", mutates_args=())
+def product_plus_fp8(
+    x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, low: Tensor, up: Tensor
+) -> Tensor:
+    """The same with x [T, k] and w [n, k] in FP8, `scale` [T, 1] and `w_scale` [1, n] in float32; -> low's dtype."""
+    if x.is_cuda:
+        y = torch.ops.aten._scaled_mm(x, w.t(), scale, w_scale, bias, None, low.dtype, True)
+    else:
+        y = ((x.float() * scale) @ (w.float().t() * w_scale)).to(low.dtype)
+        y = y if bias is None else y + bias
+    return y.addmm_(low, up.t())
+
+
+@product_plus_fp8.register_fake
+def _(x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Any, low: Tensor, up: Tensor) -> Tensor:
+    return low.new_empty(x.shape[0], w.shape[0])
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, k] in FP8, and each row's scale in float32 [rows, 1]."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (x.float() / scale).to(FP8), scale
+
+
+def plus(kind: Kind, x: Tensor, frozen: tuple[Tensor, ...], bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
+    """x W^T + bias + low up^T, with W as `frozen_parts` gave it."""
+    if kind == "plain":
+        return product_plus(x, frozen[0], bias, low, up)
+    if kind == "nf4":
+        return product_plus_nf4(x, frozen[0], frozen[1], bias, low, up, False)
+    return product_plus_fp8(*quantise_rows(x), frozen[0], frozen[1], bias, low, up)
+
+
+def plus_back(kind: Kind, grad: Tensor, frozen: tuple[Tensor, ...], low: Tensor, up: Tensor) -> Tensor:
+    """grad W + low up^T: the gradient of x. grad [T, n], low [T, r], up [k, r] -> [T, k]."""
+    if kind == "plain":
+        return product_plus(grad, frozen[0].t(), None, low, up)
+    if kind == "nf4":
+        return product_plus_nf4(grad, frozen[0], frozen[1], None, low, up, True)
+    return product_plus_fp8(*quantise_rows(grad), frozen[2], frozen[3], None, low, up)
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer that holds its weight in FP8 twice: by row for x W^T, by column for its gradient."""
+
+    by_row: Tensor  # [n, k]
+    row_scale: Tensor  # [1, n]
+    by_column: Tensor  # [k, n]
+    column_scale: Tensor  # [1, k]
+
+    def forward(self, input: Tensor) -> Tensor:
+        flat = input.reshape(-1, input.shape[-1])
+        low, up = flat.new_zeros(flat.shape[0], 1), flat.new_zeros(self.out_features, 1)
+        y = product_plus_fp8(*quantise_rows(flat), self.by_row, self.row_scale, self.bias, low, up)
+        return y.view(*input.shape[:-1], y.shape[-1])
+
+
+def to_fp8(model: nn.Module) -> None:
+    """Turns every linear layer inside a model's decoder layers, the adapter's own excepted, into FP8, in place.
+
+    Raises ConfigError on a GPU without FP8 products.
+    """
+    for layer in layers(model):
+        for name, module in layer.named_modules():
+            if type(module) is nn.Linear and "lora_" not in name:
+                if module.weight.is_cuda and torch.cuda.get_device_capability(module.weight.device) < (8, 9):
+                    raise ConfigError(
+                        "model.base = 'fp8': this GPU has no FP8 products (they came with compute capability 8.9); use "
+                        "'bf16', or 'nf4' to save memory"
+                    )
+                module.__class__ = Fp8Linear
+                weight = module.weight.detach()
+                for part, of in (("row", weight), ("column", weight.t())):
+                    values, scale = quantise_rows(of)
+                    module.register_buffer(f"by_{part}", values.contiguous(), persistent=False)
+                    module.register_buffer(f"{part}_scale", scale.t().contiguous(), persistent=False)
+                # An empty weight keeps device and dtype, which PEFT reads off it.
+                module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+
+def unpack(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """NF4 (blocks of 64) as a matrix. packed: uint8 [n k / 2, 1], absmax: float32 [n k / 64]."""
+    state = QuantState(absmax=absmax, shape=torch.Size(shape), blocksize=64, quant_type="nf4", dtype=dtype)
+    return dequantize_4bit(packed, state)
+
+
+def single_absmax(module: Linear4bit) -> None:
+    """Gives an NF4 layer of double quantisation, where `plus` knows it, the largest values of its blocks in float32, no
+    longer quantised themselves: 0.4 bits a weight more, one unpacking a product less."""
+    weight: Any = module.weight
+    state = weight.quant_state
+    if state is not None and state.quant_type == "nf4" and state.blocksize == 64:
+        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        module.register_buffer("absmax", absmax.float(), persistent=False)
+
+
+def frozen_parts(module: nn.Module) -> tuple[Kind, tuple[Tensor, ...]] | None:
+    """How a base layer holds its weight, and the tensors of it; None for a kind of layer that `plus` does not know."""
+    if type(module) is nn.Linear:
+        return "plain", (module.weight,)
+    if type(module) is Fp8Linear:
+        return "fp8", (module.by_row, module.row_scale, module.by_column, module.column_scale)
+    if isinstance(module, Linear4bit) and hasattr(module, "absmax"):
+        return "nf4", (module.weight, module.get_buffer("absmax"))
+    return None
+
+
+def hold_unpacked(model: nn.Module) -> None:
+    """Unpacks every NF4 layer under an adapter to bf16 for good: the same numbers, four times the memory, no unpacking
+    at every product."""
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, Linear4bit) and (parts := frozen_parts(base)) is not None:
+            packed, absmax = parts[1]
+            plain = nn.Linear(base.in_features, base.out_features, device="meta")
+            shape = (base.out_features, base.in_features)
+            plain.weight = nn.Parameter(unpack(packed, absmax, shape, torch.bfloat16), requires_grad=False)
+            plain.bias = base.bias
+            module.base_layer = plain  # pyright: ignore[reportArgumentType]
