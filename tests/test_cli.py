@@ -91,8 +91,8 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     out, err = capsys.readouterr()
     assert err == ""
     assert f"usage: veritune {verb}" in out
-    assert "(default: " in out
-    settings = {"train": config.keys(config.Run), "prepare": config.keys(config.Prepare)}.get(verb, ["out"])
+    assert "(default: " in out or verb == "watch"
+    settings = {"train": config.keys(config.Run), "prepare": config.keys(config.Prepare)}.get(verb, [])
     assert [key for key in settings if f"--{key.replace('_', '-')}" not in out] == []
     assert run([]) == 2
     assert f"veritune {verb}" in capsys.readouterr().out
@@ -126,9 +126,9 @@ def test_a_verb_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "shows"),
     [
-        (["train", "--out", "o", "--train.lrr", "1"], ["--train.lrr", "--train.lr FLOAT"]),
+        (["train", "--out", "o", "--train.lrr", "1"], ["--train.lrr", "did you mean '--train.lr'?"]),
         (["train", "--out", "o", "--train.lr", "fast"], ["--train.lr", "'fast'"]),
-        (["train", "--out", "o", "--train.lr", "-1"], ["lr", "greater than 0"]),
+        (["train", "--out", "o", "--train.lr", "-1"], ["flags: train.lr = -1.0: ", "greater than 0"]),
         (["train", "--out", "o", "--train.optimizer", "adam"], ["--train.optimizer", "adamw_torch"]),
         (["train"], ["--out"]),
         (["prepare", "rows.csv"], ["--out"]),
@@ -266,7 +266,8 @@ def test_what_is_there_is_not_overwritten(place: Place, tmp_path: Path, capsys: 
 
 def test_from_rows_to_an_adapter(place: Place) -> None:
     assert {path.name for path in place.run.iterdir()} == {
-        "adapter", "best", "checkpoints", "evaluation.json", "metrics.jsonl", "run.json"
+        "adapter", "best", "checkpoints", "evaluation.json", "metrics.jsonl", "run.json", "status.json",
+        "scores-best.parquet", "scores-last.parquet",
     }  # fmt: skip
     settings = json.loads((place.run / "run.json").read_text())["settings"]
     assert settings["train"]["lr"] == 1e-3  # a flag

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from . import __version__, config
 from .errors import ConfigError, VerituneError
+from .flags import check, names, parse
+from .redact import redact
 
 USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier of mathematical solutions.
 
@@ -70,11 +72,11 @@ def prepare(
 def train(args: Sequence[str]) -> None:
     """Trains a run file's adapter; flags override the file's keys (`veritune train run.toml --train.lr 1e-4`)."""
     file, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
-    run: config.Run = tyro.cli(
+    run = parse(
         config.Run,
-        args=flags,
+        flags,
+        config.read_run(Path(file)) if file else None,
         prog="veritune train RUN.toml",
-        default=config.read_run(Path(file)) if file else tyro.MISSING_NONPROP,
         description="Trains the adapter that a run file describes, or goes on with it. RUN.toml holds these settings "
         "as tables; flags override it. The same command again resumes.",
     )
@@ -246,6 +248,7 @@ def run(argv: Sequence[str]) -> int:
         if name == "train":
             train(args)
         else:
+            check(args, names(VERBS[name]), f"veritune {name}")
             tyro.cli(VERBS[name], args=args, prog=f"veritune {name}")
     except SystemExit as end:  # tyro's, after a help text or flags that it has explained
         return end.code if isinstance(end.code, int) else 2
@@ -264,7 +267,7 @@ def run(argv: Sequence[str]) -> int:
 
 def fail(message: str) -> int:
     """Says what was wrong on standard error."""
-    print(f"veritune: {message}", file=sys.stderr)
+    print(f"veritune: {redact(message)}", file=sys.stderr)
     return 2
 
 

@@ -1,12 +1,11 @@
 """Every setting, declared once: frozen, validated, unknown keys refused.
 
 A run file is TOML with these tables: `[data]`, `[model]`, `[prompt]`, `[lora]`, `[train]`, `[validation]`,
-`[checkpoint]`. Flags override it under the same names (`--train.lr 1e-4`). What a key means stands under it here and
-is what `veritune train --help` prints.
+`[checkpoint]`, `[track]`. Flags override it under the same names (`--train.lr 1e-4`). What a key means stands under
+it here and is what `veritune train --help` prints.
 """
 
 import dataclasses
-import difflib
 import json
 import tomllib
 from dataclasses import field
@@ -17,6 +16,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from .errors import ConfigError, MissingError
+from .redact import holds_secret
+from .suggest import did_you_mean, nearest
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", validate_default=False)
@@ -147,6 +148,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Track:
+    """Where else the run is shown. metrics.jsonl is always written; nothing is sent anywhere unless this asks for it.
+    Keys and tokens are taken from the environment (WANDB_API_KEY, HF_TOKEN), never from here."""
+
+    to: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    """The trackers; each needs the extra of its name. `--track wandb` on the command line."""
+    project: Annotated[str, Field(min_length=1)] = "veritune"
+    """wandb, trackio: the project."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """wandb, trackio: the run's name. Default: that of the run folder."""
+    group: Annotated[str, Field(min_length=1)] | None = None
+    """wandb, trackio: the group that the run belongs to; trials of a sweep have the sweep's."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Run:
     """One training run."""
 
@@ -159,6 +175,7 @@ class Run:
     train: Train = field(default_factory=Train)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    track: Track = field(default_factory=Track)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -200,6 +217,9 @@ class Prepare:
     """Decides which questions are held out and which rows are dropped."""
 
 
+MAY_HOLD_PASSWORD = ("storage",)  # a database's URL, which is written nowhere
+
+
 def keys(cls: Any, prefix: str = "") -> list[str]:
     """Every dotted key of a settings class, for suggestions and for comparing runs."""
     out = []
@@ -216,6 +236,12 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
 
     Raises ConfigError that names each wrong key or value, `where` it stands, and the nearest right key.
     """
+    for key, value in flat(values).items():
+        if key.rpartition(".")[2] not in MAY_HOLD_PASSWORD and any(map(holds_secret, _texts(value))):
+            raise ConfigError(
+                f"{where}: {key} holds a key, token or password, which would be written into the run folder and the "
+                "model card. Take it out; the environment (HF_TOKEN, WANDB_API_KEY, PGPASSWORD) is the place for it"
+            )
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -223,13 +249,17 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     raise ConfigError(f"{where}: " + "; ".join(lines))
 
 
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
 def _explain(cls: Any, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = keys(cls) + [f.name for f in dataclasses.fields(cls)]
-        same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        return f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        known = keys(cls) + [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
+        return f"unknown key {key!r}{did_you_mean(nearest(key, known))}"
     if item["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{key!r} is not set"
     return f"{key} = {item['input']!r}: {item['msg'].lower()}"

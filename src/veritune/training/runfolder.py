@@ -13,8 +13,8 @@ RUN = "run.json"
 ADAPTERS = ("adapter", "best")
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
 # what dropout draws, which then come with the resolved values.
-FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "train.micro_batch_tokens", "train.compile",
-        "train.gradient_checkpointing")  # fmt: skip
+FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "track.", "train.micro_batch_tokens",
+        "train.compile", "train.gradient_checkpointing")  # fmt: skip
 
 
 def start(folder: Path, run: config.Run, resolved: dict[str, Any]) -> None:

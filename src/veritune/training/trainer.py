@@ -26,6 +26,7 @@ from ..tokens import prompt
 from ..tokens.encode import Encoder, encoder
 from ..tokens.trie import Trie, build, split
 from ..track import Tracker
+from ..trackers.follow import check, following
 from . import optimizer as optimizers
 from . import plan as plans
 from . import runfolder, status
@@ -115,6 +116,7 @@ def train(run: config.Run, console: Console) -> dict[str, Any]:
     folder = Path(run.out)
     for name in ("adapter", "best"):
         settle(folder / name)
+    check(run.track)
     state = prepare(run, console)
     runfolder.start(folder, run, decisive(state))
     at = resume(state, folder, console)
@@ -124,7 +126,8 @@ def train(run: config.Run, console: Console) -> dict[str, Any]:
     try:
         trained = sum(p.numel() for p in state.parameters)
         about = status.running(folder, state.plan, state.base.device, step=at.done, parameters=trained)
-        with about, session() as stop, Display(console, state, at.done) as display:
+        shown = following(run, folder, console.out)
+        with about, shown, session() as stop, Display(console, state, at.done) as display:
             after_step(state, at, folder, tracker, saver, display, stop)
             for step, micros, cut in ahead(state, at.done):
                 started = time.perf_counter()

@@ -1,0 +1,106 @@
+"""Flags of the command line: a name that is none is told its right one, a value is checked as in a run file."""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import tyro
+
+from . import config
+from .errors import ConfigError
+from .suggest import did_you_mean, nearest
+
+T = TypeVar("T")
+HELP = ("-h", "--help")
+SHORT = {"track": "track.to"}  # `--track wandb`
+
+
+def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, description: str) -> T:
+    """Settings of a class from flags over a default.
+
+    Raises ConfigError for a flag that is none and for a value that the class refuses; ends the process as tyro does
+    after a help text, or where a flag lacks its value.
+    """
+    options: dict[str, Any] = {"prog": prog, "description": description}
+    if any(arg in HELP for arg in args):
+        tyro.cli(cls, args=list(args), default=tyro.MISSING_NONPROP if default is None else default, **options)
+    check(args, names(cls), prog)
+    # Parsed into a class without checks: tyro would show pydantic's own words for what they refuse.
+    bare = _bare(cls)
+    given: Any = tyro.MISSING_NONPROP if default is None else _copy(bare, default)
+    values = tyro.cli(bare, args=[_long(arg) for arg in args], default=given, **options)
+    return config.build(cls, _values(values), "flags")
+
+
+def check(args: Sequence[str], known: Sequence[str], prog: str) -> None:
+    """Raises ConfigError for the first flag that is none of `known` (as `names` gives them)."""
+    for arg in args:
+        name = arg.partition("=")[0]
+        if not name.startswith("--") or name in (*HELP, "--"):
+            continue
+        asked = name[2:].replace("-", "_")
+        if asked not in known and asked not in SHORT:
+            near = ["--" + it.replace("_", "-") for it in nearest(asked, known)]
+            raise ConfigError(f"there is no flag {name}{did_you_mean(near)}; `{prog} --help` shows all")
+
+
+def names(what: Any, prefix: str = "") -> list[str]:
+    """The flags of a settings class or a function, with underscores and without dashes before them."""
+    if dataclasses.is_dataclass(what):
+        found = [(item.name, item.type) for item in dataclasses.fields(what)]
+    else:
+        found = [(name, it.annotation) for name, it in inspect.signature(what).parameters.items()]
+    out: list[str] = []
+    for name, kind in found:
+        plain, marks = (get_args(kind)[0], get_args(kind)[1:]) if get_origin(kind) is Annotated else (kind, ())
+        if dataclasses.is_dataclass(plain):
+            out += names(
+                plain, prefix if any(getattr(mark, "name", None) == "" for mark in marks) else f"{prefix}{name}."
+            )
+        elif not any(mark is _POSITIONAL for mark in marks):
+            out.append(prefix + name)
+            if plain is bool:
+                out.append(f"{prefix}no_{name}")
+    return out
+
+
+_POSITIONAL = get_args(tyro.conf.Positional[int])[1]
+
+
+def _long(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return f"--{SHORT[name[2:]]}{equals}{value}" if name[:2] == "--" and name[2:] in SHORT else arg
+
+
+def _bare(cls: Any) -> Any:
+    """A dataclass with the same fields and defaults as a settings class, in which any value may stand."""
+    fields: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(item.type):
+            inner = _bare(item.type)
+            fields.append((item.name, inner, dataclasses.field(default_factory=inner)))
+        elif item.default is not dataclasses.MISSING:
+            fields.append((item.name, item.type, dataclasses.field(default=item.default)))
+        else:
+            fields.append((item.name, item.type, dataclasses.field()))
+    return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True, frozen=True)
+
+
+def _copy(bare: Any, settings: Any) -> Any:
+    return bare(
+        **{
+            item.name: _copy(item.type, value) if dataclasses.is_dataclass(item.type) else value
+            for item in dataclasses.fields(bare)
+            for value in [getattr(settings, item.name)]
+        }
+    )
+
+
+def _values(settings: Any) -> dict[str, Any]:
+    """The same as nested plain values."""
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        out[item.name] = _values(value) if dataclasses.is_dataclass(item.type) else value
+    return out

@@ -1,0 +1,1 @@
+"""The run shown elsewhere: a process for each tracker follows metrics.jsonl."""
