@@ -23,12 +23,14 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
 
   veritune demo                         see the whole job run on this machine, in minutes
   veritune prepare SOURCE... --out DIR  labelled rows -> a frozen, balanced, split dataset
+  veritune init RUN.toml                a run file to start from, every key explained
   veritune train RUN.toml               dataset + base model -> a LoRA adapter, measured while it trains
   veritune evaluate ADAPTER DATA        accuracy with interval, AUROC, calibration, by any column
   veritune score ADAPTER FILE --out F   the same rows with P(correct) added
   veritune submit ADAPTER TEST --out F  a competition's submission file
   veritune runs [FOLDER]                the runs under a folder: state, step, loss, best, time left
   veritune watch RUN                    one run, followed in the terminal
+  veritune schema                       the keys of a run file as a JSON schema, for editors
 
 `veritune VERB --help` explains a verb and all its settings.
 """
@@ -209,6 +211,29 @@ def watch(run: Path_) -> None:
     follow(run, console)
 
 
+def init(file: tyro.conf.Positional[Path] = Path("run.toml")) -> None:
+    """Writes a run file to start from: every key with its meaning and default, commented out.
+
+    Args:
+        file: The file to write.
+    """
+    from .starter import write_run_file
+
+    write_run_file(file)
+    print(f"{file}: written. Next: veritune prepare ROWS.csv --out prepared, then veritune train {file}")
+
+
+def schema(out: Path | None = None) -> None:
+    """Prints the keys of a run file as a JSON schema, for editors.
+
+    Args:
+        out: A file to write instead.
+    """
+    from .starter import write_schema
+
+    write_schema(out)
+
+
 def load_verifier(adapter: Path, how: "UseSettings") -> Any:
     from .model.verifier import Verifier
 
@@ -219,6 +244,8 @@ def load_verifier(adapter: Path, how: "UseSettings") -> Any:
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "prepare": prepare,
+    "init": init,
+    "schema": schema,
     "train": train,
     "evaluate": evaluate,
     "score": score,

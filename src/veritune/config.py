@@ -20,7 +20,7 @@ from .redact import holds_secret
 from .suggest import did_you_mean, nearest
 
 T = TypeVar("T")
-STRICT = ConfigDict(extra="forbid", validate_default=False)
+STRICT = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstrings=True)
 
 INSTRUCTION = (
     "Check the solution to the math problem step by step. Answer {true} if its final answer is correct, "

@@ -11,8 +11,8 @@ NAMES = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|ACCESS_?KE
 SHORTEST = 8  # a shorter value is a switch or a word, and would be found everywhere
 HIDDEN = "***"
 # scheme://user:password@ (the password is the secret), scheme://token@ (where it is long), ?token=...
-PASSWORD = re.compile(r"(?P<keep>[a-z][a-z0-9+.-]*://[^\s/@:]*:)(?P<secret>[^\s/@]+)(?=@)", re.IGNORECASE)
-USER = re.compile(r"(?P<keep>[a-z][a-z0-9+.-]*://)(?P<secret>[^\s/@:]{16,})(?=@)", re.IGNORECASE)
+PASSWORD = re.compile(r"(?P<keep>[a-z][a-z0-9+.-]*:/{1,3}[^\s/@:]*:)(?P<secret>[^\s/@]+)(?=@)", re.IGNORECASE)
+USER = re.compile(r"(?P<keep>[a-z][a-z0-9+.-]*:/{1,3})(?P<secret>[^\s/@:]{16,})(?=@)", re.IGNORECASE)
 PARAMETER = re.compile(
     r"(?P<keep>[?&;](?:[a-z0-9_-]*(?:token|key|secret|password|passwd|signature))=)(?P<secret>[^\s&;#'\"]+)",
     re.IGNORECASE,

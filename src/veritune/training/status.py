@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ..redact import redact
 from .plan import Plan
 
 STATUS = "status.json"
@@ -54,7 +55,7 @@ def running(folder: Path, plan: Plan, device: Any, *, step: int, parameters: int
         end(folder, "stopped", "stopped by a signal")
         raise
     except BaseException as error:
-        end(folder, "failed", f"{type(error).__name__}: {error}")
+        end(folder, "failed", redact(f"{type(error).__name__}: {error}"))
         raise
 
 

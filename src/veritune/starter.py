@@ -1,0 +1,105 @@
+"""What helps to write a run file: one with every key, explained and commented out, and the keys as a JSON schema."""
+
+import dataclasses
+import inspect
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from . import config
+from .errors import ConfigError
+
+OUT = "runs/first"
+HEAD = """\
+# A run file of veritune. Every key stands here with its meaning and its default, commented out: take away the # in
+# front of the keys you change. Then:
+#
+#     veritune prepare ROWS.csv --out prepared
+#     veritune train {name}
+#
+# An editor that knows TOML schemas completes and checks the keys after `veritune schema --out run.schema.json`, with
+# this as the first line of this file:
+#     #:schema run.schema.json
+"""
+
+
+def schema() -> dict[str, Any]:
+    """The keys of a run file as a JSON schema (draft 2020-12), each with its meaning, default and limits."""
+    found = TypeAdapter(config.Run).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "veritune run file"}
+
+
+def write_schema(out: Path | None) -> None:
+    """Writes the schema to a file, or prints it."""
+    text = json.dumps(schema(), indent=1, ensure_ascii=False)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+def write_run_file(path: Path) -> None:
+    """Writes a run file to start from. Raises ConfigError if there is a file of this name."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(run_file(path.name))
+    except FileExistsError:
+        raise ConfigError(f"{path}: is there already; name another file") from None
+
+
+def run_file(name: str) -> str:
+    """The text of a run file in which only `out` is set; TOML."""
+    blocks = [HEAD.format(name=name)]
+    items = dataclasses.fields(config.Run)
+    blocks += [_key(config.Run, it, it.name == "out") for it in items if not dataclasses.is_dataclass(it.type)]
+    for it in items:
+        if dataclasses.is_dataclass(it.type):
+            about = _comment(inspect.cleandoc(it.type.__doc__ or ""))
+            blocks.append(f"\n{about}\n[{it.name}]\n")
+            blocks += [_key(it.type, key, False) for key in dataclasses.fields(it.type)]
+    return "\n".join(blocks)
+
+
+def _key(cls: Any, item: Any, is_set: bool) -> str:
+    """A key with its meaning, set or commented out."""
+    about = TypeAdapter(cls).json_schema()["properties"][item.name]
+    default = config.as_dict(config.Run(out=OUT)) if is_set else about
+    text = _comment(about.get("description", ""))
+    if is_set:
+        return f"{text}\n{item.name} = {toml(default[item.name])}\n"
+    value, note = about.get("default"), ""
+    if value is None:
+        value, note = _example(about), "  # not set by default"
+    return f"{text}\n# {item.name} = {toml(value)}{note}\n"
+
+
+def _example(about: dict[str, Any]) -> Any:
+    """A value that a key without a default could have."""
+    kinds = [it for it in about.get("anyOf", [about]) if it.get("type") != "null"]
+    kind = kinds[0] if kinds else {}
+    if "enum" in kind:
+        return kind["enum"][0]
+    match kind.get("type"):
+        case "integer":
+            return max(int(kind.get("minimum", 1)), 1000)
+        case "number":
+            return 0.1
+        case "array":
+            return [_example(it) for it in kind.get("prefixItems", [kind.get("items", {})])]
+        case _:
+            return "..."
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it; JSON's form is TOML's for all that settings hold."""
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _comment(text: str) -> str:
+    joined = " ".join(text.split())
+    return textwrap.fill(joined, 118, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
