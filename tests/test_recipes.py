@@ -38,7 +38,9 @@ def test_every_recipe_is_a_run(recipe: Path):
 
 
 def test_recipes_are_there():
-    assert {recipe.stem for recipe in RECIPES} >= {"smoke", "smollm2-gpu", "llama-8b-qlora"}
+    assert {recipe.stem for recipe in RECIPES} >= {
+        "smoke", "smollm2-gpu", "llama-8b-qlora", "seed-sequential", "seed-cumulative", "stream"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -1,8 +1,8 @@
 """Every setting, declared once: frozen, validated, unknown keys refused.
 
-A run file is TOML with these tables: `[data]`, `[model]`, `[prompt]`, `[lora]`, `[train]`, `[validation]`,
-`[checkpoint]`, `[track]`. Flags override it under the same names (`--train.lr 1e-4`). What a key means stands under
-it here and is what `veritune train --help` prints.
+A run file is TOML with these tables: `[data]`, `[model]`, `[prompt]`, `[lora]`, `[train]`, `[strategy]`,
+`[[phases]]`, `[validation]`, `[checkpoint]`, `[track]`. Flags override it under the same names (`--train.lr 1e-4`).
+What a key means stands under it here and is what `veritune train --help` prints.
 """
 
 import dataclasses
@@ -128,6 +128,60 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Strategy:
+    """Training on slices of the rows one after another, as they would arrive. Each slice is a phase of the run."""
+
+    kind: Literal["plain", "sequential", "cumulative", "replay", "stream"] = "plain"
+    """plain: one phase, all rows. sequential: each slice alone. cumulative: each slice with all before it. replay: each
+    slice with some rows of those before it. stream: the slices in one global warmup-stable-decay schedule."""
+    slices: Annotated[int | None, Field(ge=1)] = None
+    """How many slices, of equal size; 4 unless `ends` or `slice_rows` tell."""
+    ends: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """In place of `slices`: where each slice ends in the training order, rising; ends beyond the rows are cut off."""
+    slice_rows: Annotated[int | None, Field(ge=1)] = None
+    """At most N rows in a slice; rows that are then in no slice are not trained on."""
+    column: str | None = None
+    """A column of the prepared rows (`dataset`, `solver`) whose values make the slices, each value in one of them. By
+    default a slice is a stretch of the training order, which is random."""
+    replay_ratio: Annotated[float, Field(ge=0)] = 0.1
+    """replay: old rows for each new one, drawn evenly by label and by the slice they come from."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether the optimiser's moments are reset at the start of a phase; stream keeps them."""
+    start_from: Literal["last", "best"] = "last"
+    """The adapter a phase starts from: the last, or that of the lowest validation loss so far. stream: the last."""
+    presentations: Annotated[int | None, Field(ge=1)] = None
+    """Row presentations of the whole run, repeats counted: epochs are stretched to it, to compare strategies at equal
+    cost. Default: what train.epochs gives."""
+    cooldowns: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """stream: after so many row presentations a branch trains on rows seen so far while the rate falls to 0, for
+    train.decay_ratio of the steps so far; its adapter is kept and the main line goes on as if it had not been."""
+    probe_rows: Annotated[int, Field(ge=0)] = 200
+    """Rows in each of a slice's two probes of forgetting (rows trained on; held-out questions of its kind); 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Phase:
+    """One phase of a run that lists its own."""
+
+    rows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+    """The rows trained on: those of the training order from the first number up to, without, the second."""
+    replay_ratio: Annotated[float, Field(ge=0)] = 0.0
+    """Rows of earlier phases for each row of this one, drawn evenly by label and by the phase that brought them."""
+    epochs: Annotated[float | None, Field(gt=0)] = None
+    """How often each row is shown. Default: train.epochs, like the next three."""
+    lr: Annotated[float | None, Field(gt=0)] = None
+    """The highest learning rate."""
+    schedule: Schedule | None = None
+    """How the learning rate falls within the phase."""
+    warmup_ratio: Annotated[float | None, Field(ge=0, lt=1)] = None
+    """The part of the phase's steps over which the learning rate rises."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether the optimiser's moments are reset at the start."""
+    start_from: Literal["last", "best"] = "last"
+    """The adapter to start from: the last, or that of the lowest validation loss so far."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Validation:
     """How often the adapter is measured while it trains."""
 
@@ -173,6 +227,9 @@ class Run:
     prompt: Prompt = field(default_factory=Prompt)
     lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
+    strategy: Strategy = field(default_factory=Strategy)
+    phases: tuple[Phase, ...] = ()
+    """Phases spelt out, in place of a strategy: each `[[phases]]` table is one."""
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     track: Track = field(default_factory=Track)

@@ -27,8 +27,8 @@ from veritune.model.verdict import label_loss, logits
 from veritune.model.verifier import Verifier
 from veritune.quality.metrics import measure
 from veritune.training import plan as plans
-from veritune.training import trainer
-from veritune.training.trainer import Rows
+from veritune.training import progress, trainer
+from veritune.training.feed import Micro, Rows
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_finished_run_stays_as_it_is(uninterrupted: config.Run, tmp_path: Path
 def test_the_optimiser_state_matters(uninterrupted: config.Run, tmp_path: Path, monkeypatch: Any) -> None:
     """What the tests above compare does show whether the state was put back."""
     again = copied_until(uninterrupted, 3, tmp_path / "again")
-    monkeypatch.setattr(trainer, "restore_optimizer", lambda *unused: None)
+    monkeypatch.setattr(progress, "restore_optimizer", lambda *unused: None)
     trained(again)
     ends = [load_file(Path(run.out) / "adapter" / "adapter_model.safetensors") for run in (uninterrupted, again)]
     assert all(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -204,7 +204,7 @@ def poison(name: str) -> Callable[..., Any]:
     """`micro_loss` with a loss, or a gradient, that is NaN in the third step."""
     real, calls = trainer.micro_loss, []
 
-    def loss(state: trainer.Training, micro: trainer.Micro) -> torch.Tensor:
+    def loss(state: trainer.Training, micro: Micro) -> torch.Tensor:
         calls.append(None)
         value = real(state, micro)
         if len(calls) < 3:
@@ -249,7 +249,7 @@ def test_a_gradient_of_zero_is_an_error_unless_the_loss_is_zero_too(
 ) -> None:
     """Rows known for certain have neither; a loss without a gradient means that the layers let none through."""
 
-    def flat(state: trainer.Training, micro: trainer.Micro) -> torch.Tensor:
+    def flat(state: trainer.Training, micro: Micro) -> torch.Tensor:
         return loss + 0 * sum(p.sum() for p in state.parameters)
 
     monkeypatch.setattr(trainer, "micro_loss", flat)

@@ -142,6 +142,11 @@ def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropo
     return model
 
 
+def remove(model: Any) -> None:
+    """Takes the adapter off its base, which is then as it was before."""
+    model.unload()
+
+
 def weights(model: Any) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the names PEFT saves them by; the tensors themselves, not copies."""
     return get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -17,8 +17,11 @@ def compile_layers(model: Any, loss: Callable[[], Tensor]) -> str | None:
     """Compiles each decoder layer of a model, once for every number of tokens.
 
     `loss` computes a loss of a few real rows; random ones will not do, since bf16 gradients are then mostly rounding.
-    Returns None, or why the layers stay plain: what compiling raised, or how far the loss's gradients are off.
+    Returns None, or why the layers stay plain: what compiling raised, or how far the loss's gradients are off. Layers
+    that an earlier run in this process has compiled are used as they are.
     """
+    if all(layer._compiled_call_impl is not None for layer in layers(model)):
+        return None
     plain = _gradients(model, loss)
     for layer in layers(model):
         layer.compile(dynamic=True)
@@ -31,9 +34,14 @@ def compile_layers(model: Any, loss: Callable[[], Tensor]) -> str | None:
         if off <= TOLERANCE:
             return None
         reason = f"compiled layers give gradients that are off by {off:.0%}"
+    plain_layers(model)
+    return reason
+
+
+def plain_layers(model: Any) -> None:
+    """Uses a model's decoder layers as they are."""
     for layer in layers(model):
         layer._compiled_call_impl = None
-    return reason
 
 
 def _gradients(model: Any, loss: Callable[[], Tensor]) -> Tensor:

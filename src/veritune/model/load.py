@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class Base:
     device: torch.device
     precision: str  # fp32 | bf16 | nf4 | fp8
     path: str
+    checked: dict[int, str | None] = field(default_factory=dict)
+    """What `check_paths` has found, by the length of rows."""
+    stock: str | None = None
+    """The attention that the model had before it."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -150,8 +154,18 @@ def check_paths(base: Base, max_length: int) -> str | None:
 
     What shows in long rows only is read off the configuration; soft caps and sinks show in what a model asks of its
     attention function; a layer that does not attend through that function has not called it; and all else shows in the
-    numbers, on rows that share a beginning.
+    numbers, on rows that share a beginning. What was found out once is not computed again.
     """
+    if base.stock is None:
+        base.stock = base.model.config._attn_implementation
+    if max_length not in base.checked:
+        base.model.set_attn_implementation(base.stock)
+        base.checked[max_length] = _check_paths(base, max_length)
+    base.model.set_attn_implementation(base.stock if base.checked[max_length] else attention.NAME)
+    return base.checked[max_length]
+
+
+def _check_paths(base: Base, max_length: int) -> str | None:
     text = base.model.config.get_text_config()
     reason = _beyond_paths(text, max_length)
     if reason:
@@ -163,7 +177,6 @@ def check_paths(base: Base, max_length: int) -> str | None:
 
     head, question = draw(24), draw(24)
     rows = [np.concatenate((head, question, draw(n))) for n in (9, 17)] + [np.concatenate((head, draw(33)))]
-    before = base.model.config._attn_implementation
     with torch.no_grad():
         stock = rowwise_logits(base.model, rows, base.device)
         again = rowwise_logits(base.model, rows, base.device, after=draw(40))
@@ -176,8 +189,6 @@ def check_paths(base: Base, max_length: int) -> str | None:
             reason, attended = str(error).splitlines()[0], set()
     if reason is None and len(attended) != text.num_hidden_layers:
         reason = f"{len(attended)} of its {text.num_hidden_layers} layers attend through transformers' interface"
-    if reason:
-        base.model.set_attn_implementation(before)
     return reason
 
 

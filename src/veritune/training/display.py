@@ -23,10 +23,13 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
         f"{state.train.labels.mean():.0%} correct; {len(state.validation.labels):,} validation rows",
         "steps": f"{len(plan):,} of {run.train.batch_size * run.train.gradient_accumulation} examples "
         f"({plan.presentations:,} row presentations, {run.train.per_question} of a question together)",
+        "phases": "; ".join(phase.name for phase in plan.phases),
         "learning": f"{run.train.optimizer}, lr {run.train.lr:g}, {run.train.schedule}",
         "answers": " / ".join(state.encoder.frame.answers),
         "folder": f"{run.out}" + (f", going on after step {done:,}" if done else ""),
     }
+    if len(plan.phases) == 1:
+        del rows["phases"]
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
@@ -78,6 +81,18 @@ class Display:
             f"step {done:,}: on {quality['rows']:,} held-out rows accuracy {quality['accuracy']:.3f}{interval}, "
             f"AUROC {quality['auroc']:.3f}, log loss {quality['log_loss']:.3f}",
             highlight=False,
+        )
+
+    def probes(self, found: dict[str, Any], forgetting: dict[str, Any]) -> None:
+        """After each phase: what is left of each slice."""
+        shown = [
+            f"{name} {' '.join(f'{value:.3f}' for value in found[key]['accuracy'])}"
+            for key, name in (("trained", "rows trained on"), ("held_out", "held-out questions"))
+        ]
+        left = forgetting["average_forgetting"]["trained"]
+        told = "" if left is None else f"; forgotten on average {left:+.3f}"
+        self._console.print(
+            f"after {found['phase']}, accuracy by slice: {', '.join(shown)}{told}", highlight=False, markup=False
         )
 
     def say(self, text: str) -> None:

@@ -1,6 +1,7 @@
 """The run folder: the resolved settings it was started with, and the card of its adapters."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,37 @@ FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "track
         "train.compile", "train.gradient_checkpointing")  # fmt: skip
 
 
-def start(folder: Path, run: config.Run, resolved: dict[str, Any]) -> None:
+# Settings that say what is still to be trained: they may change as far as nothing of what is done would be different.
+AHEAD = ("phases", "strategy.", "train.epochs", "data.rows")
+
+
+def start(
+    folder: Path,
+    run: config.Run,
+    resolved: dict[str, Any],
+    same_so_far: Callable[[config.Run], bool] = lambda earlier: False,
+) -> None:
     """Writes run.json, or checks that the run which the folder holds is this one.
 
     resolved: what decides the mathematics besides the settings (the data's fingerprint, the precision), or in place of
-    a setting. A folder in which nothing was saved yet takes other settings. Raises ConfigError naming every key that
-    differs.
+    a setting. same_so_far: whether the steps that are done would have been the same under other settings of what is to
+    be trained; so phases or epochs can be appended. A folder in which nothing was saved yet takes other settings.
+    Raises ConfigError naming every key that differs.
     """
     values = {"veritune": __version__, "resolved": resolved, "settings": config.as_dict(run)}
     path = folder / RUN
     if path.exists():
-        differing = differences(path, values)
-        if differing and (found(folder / "checkpoints") or any((folder / name).exists() for name in ADAPTERS)):
+        earlier, differing = differences(path, values)
+        saved = found(folder / "checkpoints") or any((folder / name).exists() for name in ADAPTERS)
+        ahead = all(key.startswith(AHEAD) for key in differing)
+        if differing and saved and not (ahead and same_so_far(earlier)):
+            hint = (
+                ". With them, steps that are done would have been others: under a schedule like cosine the rate of "
+                "every step depends on how many there are, so append [[phases]] instead of epochs"
+            )
             raise ConfigError(
-                f"{folder} holds a run with other settings: {'; '.join(differing)}. Put them back to go on with that "
-                "run, or choose another `out`"
+                f"{folder} holds a run with other settings: {'; '.join(differing.values())}{hint if ahead else ''}. "
+                "Put them back to go on with that run, or choose another `out`"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another `out`")
@@ -39,13 +56,17 @@ def start(folder: Path, run: config.Run, resolved: dict[str, Any]) -> None:
     write_json(path, values)
 
 
-def differences(path: Path, values: dict[str, Any]) -> list[str]:
-    """How the mathematics of a run.json differs from `values`, a phrase for each key. Raises ConfigError."""
+def differences(path: Path, values: dict[str, Any]) -> tuple[config.Run, dict[str, str]]:
+    """The run of a run.json, and how its mathematics differs from `values`: a phrase for each key. A setting that it
+    lacks, being of an earlier version, has its default. Raises ConfigError."""
     try:
-        old, new = _mathematics(json.loads(path.read_bytes())), _mathematics(values)
+        before = json.loads(path.read_bytes())
+        earlier = config.build(config.Run, before["settings"], str(path))
+        old, new = _mathematics({**before, "settings": config.as_dict(earlier)}), _mathematics(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
-    return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+    differing = [key for key in new if old.get(key) != new.get(key)]
+    return earlier, {key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing}
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -44,7 +44,7 @@ def running(folder: Path, plan: Plan, device: Any, *, step: int, parameters: int
         "machine": machine(device),
     }
     phases = [
-        {"name": phase.name, "start": phase.start, "steps": len(phase.batches), "rows": len(phase.rows)}
+        {"name": phase.name, "start": phase.start, "steps": phase.steps, "rows": len(phase.rows)}
         for phase in plan.phases
     ]
     values = {"plan": {"steps": len(plan), "phases": phases}, "parameters": parameters}

@@ -1,30 +1,25 @@
-"""The training loop, and what it needs around it: rows, batches made ahead, validation, saving, resuming."""
+"""The training loop, and what it needs around it: setting up, phases that begin and end, saving, resuming."""
 
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import polars as pl
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from .. import config
-from ..data import dataset
-from ..errors import DataError, NonFiniteError
+from ..errors import NonFiniteError
 from ..model import adapter, load
-from ..model.compiled import compile_layers
+from ..model.compiled import compile_layers, plain_layers
 from ..model.verdict import label_logits, label_loss, rowwise_logits
-from ..model.verifier import MICRO_BATCH_TOKENS, score_ids
-from ..quality import metrics
+from ..model.verifier import MICRO_BATCH_TOKENS
 from ..tokens import prompt
 from ..tokens.encode import Encoder, encoder
-from ..tokens.trie import Trie, build, split
 from ..track import Tracker
 from ..trackers.follow import check, following
 from . import optimizer as optimizers
@@ -32,38 +27,10 @@ from . import plan as plans
 from . import runfolder, status
 from .checkpoint import Saver, load_latest, publish, settle
 from .display import Display, show_plan
-from .optimizer_state import optimizer_tensors, restore_optimizer
+from .feed import Micro, Rows, Source, ahead, micro_batches, read
+from .measure import Stopped, probe, validate, write_forgetting
+from .progress import At, Point, begin, copies, restore, save_checkpoint
 from .session import Session, session
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows to train or validate on, as columns of one length."""
-
-    ids: list[str]
-    questions: list[str]
-    solutions: list[str]
-    labels: np.ndarray  # bool [rows]
-    groups: np.ndarray  # int64 [rows]: the number of each row's question
-
-    @staticmethod
-    def of(frame: pl.DataFrame) -> "Rows":
-        return Rows(
-            frame["id"].to_list(),
-            frame["question"].to_list(),
-            frame["solution"].to_list(),
-            frame["is_correct"].to_numpy().astype(bool),
-            metrics.group_ids(frame["qid"].to_list()),
-        )
-
-
-@dataclass(frozen=True)
-class Micro:
-    """A part of a step that is computed at once."""
-
-    rows: list[np.ndarray]  # int32 ids each
-    trie: Trie | None  # None: row by row
-    labels: np.ndarray  # bool [rows]
 
 
 @dataclass
@@ -71,65 +38,89 @@ class Training:
     """Everything one run holds while it trains."""
 
     run: config.Run
-    plan: plans.Plan
+    source: Source
     base: load.Base
     model: Any
     optimizer: torch.optim.Optimizer
     encoder: Encoder
-    train: Rows
-    validation: Rows
     shared: bool
     budget: int
     about: adapter.About
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The adapter of the lowest validation log loss so far, on the CPU."""
+    fork: Point | None = None
+    """In a cooldown, where it left the main line."""
+
+    @property
+    def plan(self) -> plans.Plan:
+        return self.source.plan
+
+    @property
+    def train(self) -> Rows:
+        return self.source.train
+
+    @property
+    def validation(self) -> Rows:
+        return self.source.validation
+
+    @property
+    def probed(self) -> bool:
+        """Whether each slice is measured after each phase."""
+        return bool(self.source.slices) and self.run.strategy.probe_rows > 0
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-@dataclass
-class At:
-    """How far a run is; what a checkpoint holds besides tensors."""
-
-    done: int = 0
-    """Finished steps."""
-    validated: int = 0
-    """The step of the last validation."""
-    best: float = math.inf
-    """The lowest validation log loss."""
-    truncated: int = 0
-    """Row presentations that were too long."""
-    quality: dict[str, Any] | None = None
-    """The last validation's figures."""
-
-
-class Stopped(Exception):
-    """A signal came while validating."""
-
-
-def train(run: config.Run, console: Console) -> dict[str, Any]:
+def train(
+    run: config.Run,
+    console: Console,
+    base: load.Base | None = None,
+    then: Callable[[Training], None] | None = None,
+) -> dict[str, Any]:
     """Trains one run, or goes on with it, and returns the last validation's figures; see `quality.metrics.measure`.
 
     The run folder then holds `adapter/` (the last weights), `best/` (the lowest validation log loss), `metrics.jsonl`
-    and `evaluation.json`. Raises the kinds in `errors`; a stop by signal saves first and raises KeyboardInterrupt.
+    and `evaluation.json`. For many runs in one process: `base` is a model that is loaded already (the run's [model] is
+    not read) and given back without adapter, its layers compiled; `then` gets the trained run before that. Raises the
+    kinds in `errors`; a stop by signal saves first and raises KeyboardInterrupt.
     """
     folder = Path(run.out)
     for name in ("adapter", "best"):
         settle(folder / name)
     check(run.track)
-    state = prepare(run, console)
-    runfolder.start(folder, run, decisive(state))
-    at = resume(state, folder, console)
+    state = prepare(run, console, base)
+    try:
+        quality = work(state, folder, console)
+        if then is not None:
+            then(state)
+    finally:
+        if base is not None:
+            adapter.remove(state.model)
+    return quality
+
+
+def work(state: Training, folder: Path, console: Console) -> dict[str, Any]:
+    """The steps of a run that are not done yet."""
+    run = state.run
+    saved = load_latest(folder / "checkpoints", warn=console.out)
+    done = saved.step if saved else 0
+    runfolder.start(folder, run, decisive(state), lambda earlier: state.plan.agrees(read(earlier).plan, done))
+    at = restore(state, saved) if saved else At()
     show_plan(console, state, at.done)
     tracker = Tracker(folder / "metrics.jsonl", from_step=at.done)
     saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, warn=console.out)
     try:
+        if at.best_quality:  # best/ may be missing, or of a step that a killed session had done since
+            save_adapter(state, folder / "best", at.best_step, at.best_quality, state.best)
         trained = sum(p.numel() for p in state.parameters)
         about = status.running(folder, state.plan, state.base.device, step=at.done, parameters=trained)
         shown = following(run, folder, console.out)
         with about, shown, session() as stop, Display(console, state, at.done) as display:
             after_step(state, at, folder, tracker, saver, display, stop)
             for step, micros, cut in ahead(state, at.done):
+                begin(state, state.plan.begins(step))
                 started = time.perf_counter()
                 loss, norm = one_step(state, step, micros)
                 seconds = time.perf_counter() - started
@@ -152,29 +143,39 @@ def after_step(
     Raises KeyboardInterrupt for that stop, once everything is saved.
     """
     run, last = state.run, at.done == len(state.plan)
-    if at.done and at.validated != at.done and (last or at.done % run.validation.every == 0):
-        try:
-            measured = validate(state, stop)
-        except Stopped:
-            measured = None
-        if measured is not None:
-            quality, p = measured
-            at.validated, at.quality = at.done, quality
-            tracker.log(at.done, validation=quality)
-            display.validation(at.done, quality)
-            held, better = state.validation, quality["log_loss"] < at.best
-            status.keep_scores(folder, at.done, held.ids, held.labels, p, best=better)
-            if better:
-                at.best = quality["log_loss"]
-                save_adapter(state, folder / "best", at.done, quality)
+    ended = state.plan.ends(at.done)
+    if at.done and at.validated != at.done and (ended or at.done % run.validation.every == 0):
+        with suppress(Stopped):
+            measure(state, at, ended, folder, tracker, display, stop)
     stopping = stop.reason is not None and not (last and at.validated == at.done)
-    if at.done and (last or stopping or at.done % run.checkpoint.every == 0):
+    if at.done and (ended or stopping or at.done % run.checkpoint.every == 0):
         tracker.sync()  # a checkpoint must not outlive the lines that lead to it
         save_checkpoint(state, saver, at)
     if stopping:
         saver.wait()
         display.say(f"stopped by {stop.reason} after step {at.done:,}; the same command goes on from there")
         raise KeyboardInterrupt
+
+
+def measure(
+    state: Training, at: At, ended: plans.Phase | None, folder: Path, tracker: Tracker, display: Display, stop: Session
+) -> None:
+    """Validates; at the end of a phase, the probes of every slice too. Raises Stopped, with nothing kept of it."""
+    quality, p = validate(state, stop)
+    probes = probe(state, ended, quality, stop) if ended and state.probed else None
+    at.validated, at.quality = at.done, quality
+    tracker.log(at.done, validation=quality, **({"probes": probes} if probes else {}))
+    display.validation(at.done, quality)
+    if probes:
+        display.probes(probes, write_forgetting(state, folder))
+    if ended and ended.kind == "cooldown":
+        save_adapter(state, folder / "cooldowns" / f"step-{at.done:08d}", at.done, quality)
+    better = quality["log_loss"] < at.best
+    status.keep_scores(folder, at.done, state.validation.ids, state.validation.labels, p, best=better)
+    if better:
+        at.best, at.best_step, at.best_quality = quality["log_loss"], at.done, quality
+        state.best = copies(adapter.weights(state.model))
+        save_adapter(state, folder / "best", at.done, quality, state.best)
 
 
 def finish(state: Training, at: At, folder: Path) -> dict[str, Any]:
@@ -187,44 +188,40 @@ def finish(state: Training, at: At, folder: Path) -> dict[str, Any]:
     return quality
 
 
-def prepare(run: config.Run, console: Console) -> Training:
-    """Loads data, weights and adapter, checks them against each other, and makes the plan."""
-    data = dataset.load(Path(run.data.path))
-    frame = data.train if run.data.rows is None else data.train.head(run.data.rows)
-    if frame.is_empty() or data.validation.is_empty():
-        raise DataError(f"{run.data.path}: training needs rows in both train and validation")
-    rows = Rows.of(frame)
+def prepare(run: config.Run, console: Console, base: load.Base | None = None) -> Training:
+    """Reads the data and makes the plan, loads weights and adapter, and checks them against each other."""
+    source = read(run)
     with console.status("loading the model"):
-        base = load.load_base(run.model)
+        base = base or load.load_base(run.model)
         load.check_length(base, run.prompt.max_length)
         words = prompt.render(run.prompt, base.tokenizer)
         rows_encoder = encoder(words, base.tokenizer)
         reason = load.check_paths(base, run.prompt.max_length)
     if reason:
-        said = f"{run.model.path}: rows are computed one by one, slowly, because {reason}"
+        said = f"{base.path}: rows are computed one by one, slowly, because {reason}"
         console.print(said, style="yellow", markup=False)
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=run.train.start_from)
     load.set_training(model, checkpointing=run.train.gradient_checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
     state = Training(
         run=run,
-        plan=plans.make(run.train, rows.groups, rows.labels),
+        source=source,
         base=base,
         model=model,
         optimizer=optimizers.make(parameters, run.train),
         encoder=rows_encoder,
-        train=rows,
-        validation=Rows.of(whole_questions(data.validation, run.validation.rows)),
         shared=reason is None,
         budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
-        about=adapter.About(words, base.path, base.precision, data.fingerprint),
+        about=adapter.About(words, base.path, base.precision, source.fingerprint),
     )
     if run.train.compile and base.device.type == "cuda" and state.shared:
-        _, (probe, *_), _ = micro_batches(state, 0)
+        _, (micro, *_), _ = micro_batches(state, 0)
         with console.status("compiling the layers"):
-            problem = compile_layers(model, lambda: micro_loss(state, probe))
+            problem = compile_layers(model, lambda: micro_loss(state, micro))
         if problem:
             console.print(f"layers are not compiled, which is slower: {problem}", style="yellow", markup=False)
+    else:
+        plain_layers(model)
     return state
 
 
@@ -238,46 +235,13 @@ def decisive(state: Training) -> dict[str, Any]:
     return found
 
 
-def whole_questions(frame: pl.DataFrame, rows: int | None) -> pl.DataFrame:
-    """The first questions of a frame sorted by question, with at most `rows` rows but at least one question."""
-    if rows is None or rows >= len(frame):
-        return frame
-    started = frame["qid"].rle_id()
-    whole = started < started[rows]
-    return frame.filter(whole if whole.any() else started == 0)
-
-
-def micro_batches(state: Training, step: int) -> tuple[int, list[Micro], int]:
-    """A step's rows, encoded and cut into what is computed at once; and how many of them were too long."""
-    numbers = state.plan.rows(step)
-    rows, cut = state.encoder.rows(
-        [state.train.questions[i] for i in numbers], [state.train.solutions[i] for i in numbers]
-    )
-    labels = state.train.labels[numbers]
-    micros = []
-    for part in split(rows, state.budget):
-        chosen = [rows[i] for i in part]
-        micros.append(Micro(chosen, build(chosen) if state.shared else None, labels[part]))
-    return step, micros, sum(cut)
-
-
-def ahead(state: Training, first: int) -> Iterator[tuple[int, list[Micro], int]]:
-    """The micro-batches of every step from `first`, the next step's made while this one runs."""
-    with ThreadPoolExecutor(1, thread_name_prefix="veritune-batches") as pool:
-        pending = [pool.submit(micro_batches, state, step) for step in range(first, min(first + 2, len(state.plan)))]
-        for step in range(first, len(state.plan)):
-            ready = pending.pop(0).result()
-            if step + 2 < len(state.plan):
-                pending.append(pool.submit(micro_batches, state, step + 2))
-            yield ready
-
-
 def one_step(state: Training, step: int, micros: list[Micro]) -> tuple[float, float]:
     """One optimiser step over all its micro-batches. Returns the mean loss and the gradient's norm before clipping.
 
     Raises NonFiniteError before anything is changed.
     """
-    torch.manual_seed(state.run.train.seed * 1_000_003 + step)  # dropout is a function of the step, not of history
+    # Dropout is a function of the step, not of history.
+    torch.manual_seed(state.run.train.seed * 1_000_003 + state.plan.number(step))
     size = sum(len(micro.labels) for micro in micros)
     total: float | Tensor = 0.0
     for micro in micros:
@@ -315,46 +279,13 @@ def micro_loss(state: Training, micro: Micro) -> Tensor:
     return label_loss(logits, labels, state.encoder.frame.answer_ids)
 
 
-def validate(state: Training, stop: Session) -> tuple[dict[str, Any], np.ndarray]:
-    """Figures on the run's validation rows, and P(correct) of each. Raises Stopped when a signal comes."""
+def save_adapter(
+    state: Training, folder: Path, step: int, quality: dict[str, Any], weights: dict[str, Tensor] | None = None
+) -> None:
+    """Writes an adapter folder, whole or not at all; `weights` in place of those the model has now.
 
-    def progress(rows: int) -> None:
-        if stop.reason is not None:
-            raise Stopped
-
-    state.model.eval()
-    held = state.validation
-    ids, _ = state.encoder.rows(held.questions, held.solutions)
-    p = score_ids(
-        state.model, ids, state.encoder.frame.answer_ids, state.base.device, state.budget, state.shared, progress
-    )
-    load.set_training(state.model, checkpointing=state.run.train.gradient_checkpointing)
-    return metrics.measure(held.labels, p, held.groups), p
-
-
-def save_adapter(state: Training, folder: Path, step: int, quality: dict[str, Any]) -> None:
-    """Writes an adapter folder, whole or not at all. Raises NonFiniteError and CheckpointError."""
+    Raises NonFiniteError and CheckpointError.
+    """
     card = runfolder.card(state.run, state.base.path, state.about.data, step, quality)
-    publish(folder, adapter.files(state.model, state.about, card))
-
-
-def save_checkpoint(state: Training, saver: Saver, at: At) -> None:
-    """Hands everything a resume needs to the saver, which writes it while training goes on."""
-    tensors, settings = optimizer_tensors(state.optimizer)
-    saver.save(
-        at.done,
-        {"adapter": adapter.weights(state.model), "optimizer": tensors},
-        {"optimizer": settings, "at": metrics.plain(asdict(at))},
-    )
-
-
-def resume(state: Training, folder: Path, console: Console) -> At:
-    """Puts back the newest whole checkpoint, if there is one, and says how far the run is."""
-    saved = load_latest(folder / "checkpoints", warn=console.out)
-    if saved is None:
-        return At()
-    adapter.set_weights(state.model, saved.tensors["adapter"])
-    restore_optimizer(state.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
-    at = At(**saved.state["at"])
-    at.best, at.quality = math.inf if at.best is None else at.best, metrics.figures(at.quality)
-    return at
+    files = adapter.files(state.model, state.about, card)
+    publish(folder, files | ({"adapter_model.safetensors": weights} if weights else {}))

@@ -1,0 +1,133 @@
+"""The way of rows into the loop: columns of the dataset, and each step's micro-batches, made while the one before
+runs."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from .. import config
+from ..data import dataset
+from ..errors import DataError
+from ..quality import metrics
+from ..tokens.trie import Trie, build, split
+from . import plan as plans
+from .slices import Slice, Table, divide
+
+if TYPE_CHECKING:
+    from .trainer import Training
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to train or validate on, as columns of one length."""
+
+    ids: list[str]
+    questions: list[str]
+    solutions: list[str]
+    labels: np.ndarray  # bool [rows]
+    groups: np.ndarray  # int64 [rows]: the number of each row's question
+
+    @staticmethod
+    def of(frame: pl.DataFrame) -> "Rows":
+        return Rows(
+            frame["id"].to_list(),
+            frame["question"].to_list(),
+            frame["solution"].to_list(),
+            frame["is_correct"].to_numpy().astype(bool),
+            metrics.group_ids(frame["qid"].to_list()),
+        )
+
+    def take(self, numbers: np.ndarray) -> "Rows":
+        """Some of the rows, int64 [n]."""
+        texts = (self.ids, self.questions, self.solutions)
+        ids, questions, solutions = ([column[i] for i in numbers] for column in texts)
+        return Rows(ids, questions, solutions, self.labels[numbers], metrics.group_ids(self.groups[numbers].tolist()))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run trains and is measured on, and in which order: all that is known without weights."""
+
+    train: Rows
+    held: Rows
+    """Every row held out."""
+    validation: Rows
+    """Those that the run validates on."""
+    slices: tuple[Slice, ...]
+    plan: plans.Plan
+    fingerprint: str
+
+
+def read(run: config.Run) -> Source:
+    """Reads a run's prepared data and makes its plan. Raises MissingError, DataError and ConfigError."""
+    data = dataset.load(Path(run.data.path))
+    frame = data.train if run.data.rows is None else data.train.head(run.data.rows)
+    if frame.is_empty() or data.validation.is_empty():
+        raise DataError(f"{run.data.path}: training needs rows in both train and validation")
+    train, held = Rows.of(frame), Rows.of(data.validation)
+    column = run.strategy.column
+
+    def table(rows: Rows, frame: pl.DataFrame) -> Table:
+        values = None
+        if column is not None and column in frame.columns:
+            values = frame[column].cast(pl.String).fill_null("").to_numpy()
+        return Table(rows.groups, rows.labels, values)
+
+    slices = divide(run.strategy, run.phases, table(train, frame), table(held, data.validation), run.train.seed)
+    stretches = [part.rows for part in slices]
+    return Source(
+        train=train,
+        held=held,
+        validation=Rows.of(whole_questions(data.validation, run.validation.rows)),
+        slices=slices,
+        plan=plans.make(run.train, train.groups, train.labels, run.strategy, run.phases, stretches),
+        fingerprint=data.fingerprint,
+    )
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A part of a step that is computed at once."""
+
+    rows: list[np.ndarray]  # int32 ids each
+    trie: Trie | None  # None: row by row
+    labels: np.ndarray  # bool [rows]
+
+
+def micro_batches(state: "Training", step: int) -> tuple[int, list[Micro], int]:
+    """A step's rows, encoded and cut into what is computed at once; and how many of them were too long."""
+    numbers = state.plan.rows(step)
+    rows, cut = state.encoder.rows(
+        [state.train.questions[i] for i in numbers], [state.train.solutions[i] for i in numbers]
+    )
+    labels = state.train.labels[numbers]
+    micros = []
+    for part in split(rows, state.budget):
+        chosen = [rows[i] for i in part]
+        micros.append(Micro(chosen, build(chosen) if state.shared else None, labels[part]))
+    return step, micros, sum(cut)
+
+
+def ahead(state: "Training", first: int) -> Iterator[tuple[int, list[Micro], int]]:
+    """The micro-batches of every step from `first`, the next step's made while this one runs."""
+    with ThreadPoolExecutor(1, thread_name_prefix="veritune-batches") as pool:
+        pending = [pool.submit(micro_batches, state, step) for step in range(first, min(first + 2, len(state.plan)))]
+        for step in range(first, len(state.plan)):
+            ready = pending.pop(0).result()
+            if step + 2 < len(state.plan):
+                pending.append(pool.submit(micro_batches, state, step + 2))
+            yield ready
+
+
+def whole_questions(frame: pl.DataFrame, rows: int | None) -> pl.DataFrame:
+    """The first questions of a frame sorted by question, with at most `rows` rows but at least one question."""
+    if rows is None or rows >= len(frame):
+        return frame
+    started = frame["qid"].rle_id()
+    whole = started < started[rows]
+    return frame.filter(whole if whole.any() else started == 0)

@@ -1,0 +1,95 @@
+"""What is measured while a run trains: the validation rows, and after each phase the probes of every slice."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..model import load
+from ..model.verifier import score_ids
+from ..quality import forgetting, metrics
+from . import runfolder
+from .feed import Rows
+from .plan import Phase
+from .session import Session
+
+if TYPE_CHECKING:
+    from .trainer import Training
+
+FORGETTING = "forgetting.json"
+
+
+class Stopped(Exception):
+    """A signal came while measuring."""
+
+
+def validate(state: "Training", stop: Session) -> tuple[dict[str, Any], np.ndarray]:
+    """Figures on the run's validation rows, and P(correct) of each. Raises Stopped when a signal comes."""
+    held = state.validation
+    p = _scores(state, held, stop)
+    return metrics.measure(held.labels, p, held.groups), p
+
+
+def probe(state: "Training", phase: Phase, validation: dict[str, Any], stop: Session) -> dict[str, Any]:
+    """Accuracy and AUROC on both probes of each slice after a phase. Raises Stopped when a signal comes."""
+
+    def figures(rows: Rows) -> tuple[float, float]:
+        p = _scores(state, rows, stop)
+        return metrics.accuracy(rows.labels, p), metrics.auroc(rows.labels, p)
+
+    trained = [figures(state.train.take(it.trained)) for it in state.source.slices]
+    held_out = []
+    for it in state.source.slices:
+        if it.held_out is None:
+            held_out.append((validation["accuracy"], validation["auroc"]))
+        else:
+            source = state.train if it.held_out_from == "train" else state.source.held
+            held_out.append(figures(source.take(it.held_out)))
+    return {
+        "phase": phase.name,
+        "slice": phase.slice,
+        "cooldown": phase.kind == "cooldown",
+        **{
+            name: {"accuracy": [accuracy for accuracy, _ in found], "auroc": [auroc for _, auroc in found]}
+            for name, found in (("trained", trained), ("held_out", held_out))
+        },
+    }
+
+
+def write_forgetting(state: "Training", folder: Path) -> dict[str, Any]:
+    """Writes forgetting.json from what metrics.jsonl holds of the phases so far, and returns it."""
+    slices = [
+        {
+            "name": it.name,
+            "rows": len(it.rows),
+            "trained_rows": len(it.trained),
+            "held_out_rows": len(state.validation.labels) if it.held_out is None else len(it.held_out),
+            "held_out_from": it.held_out_from,
+        }
+        for it in state.source.slices
+    ]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = forgetting.report(slices, [line for line in lines if "probes" in line])
+    runfolder.write_json(folder / FORGETTING, found)
+    return found
+
+
+def _scores(state: "Training", rows: Rows, stop: Session) -> np.ndarray:
+    """P(correct) of rows, float64 [rows]."""
+    state.model.eval()
+    ids, _ = state.encoder.rows(rows.questions, rows.solutions)
+    p = score_ids(
+        state.model, ids, state.encoder.frame.answer_ids, state.base.device, state.budget, state.shared, _watch(stop)
+    )
+    load.set_training(state.model, checkpointing=state.run.train.gradient_checkpointing)
+    return p
+
+
+def _watch(stop: Session) -> Callable[[int], None]:
+    def progress(rows: int) -> None:
+        if stop.reason is not None:
+            raise Stopped
+
+    return progress

@@ -1,0 +1,102 @@
+"""How far a run is: what a checkpoint holds, how it is put back, and what happens where a phase begins."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..model import adapter
+from ..quality import metrics
+from . import optimizer as optimizers
+from .checkpoint import Saved, Saver
+from .optimizer_state import optimizer_tensors, restore_optimizer
+from .plan import Phase
+
+if TYPE_CHECKING:
+    from .trainer import Training
+
+
+@dataclass
+class At:
+    """How far a run is; what a checkpoint holds besides tensors."""
+
+    done: int = 0
+    """Finished steps."""
+    validated: int = 0
+    """The step of the last validation."""
+    best: float = math.inf
+    """The lowest validation log loss."""
+    best_step: int = 0
+    """The step of that validation."""
+    best_quality: dict[str, Any] | None = None
+    """Its figures."""
+    truncated: int = 0
+    """Row presentations that were too long."""
+    quality: dict[str, Any] | None = None
+    """The last validation's figures."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Adapter and optimiser at a step: copies, on the CPU."""
+
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    settings: dict[str, Any]
+    """What of the optimiser's state is not tensors."""
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which training does not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def begin(state: "Training", phase: Phase | None) -> None:
+    """Does what is due before the first step of a phase; None: no phase begins."""
+    if phase is None:
+        return
+    if phase.kind == "cooldown":
+        tensors, settings = optimizer_tensors(state.optimizer)
+        state.fork = Point(copies(adapter.weights(state.model)), copies(tensors), settings)
+    if phase.start_from == "fork":
+        assert state.fork is not None
+        put_back(state, state.fork)
+        state.fork = None
+    elif phase.start_from == "best":
+        adapter.set_weights(state.model, state.best)
+    if phase.optimizer_state == "reset":
+        state.optimizer = optimizers.make(state.parameters, state.run.train)
+
+
+def put_back(state: "Training", point: Point) -> None:
+    """Sets adapter and optimiser to what they were."""
+    adapter.set_weights(state.model, point.adapter)
+    restore_optimizer(state.optimizer, point.optimizer, point.settings)
+
+
+def save_checkpoint(state: "Training", saver: Saver, at: At) -> None:
+    """Hands everything a resume needs to the saver, which writes it while training goes on."""
+    tensors, settings = optimizer_tensors(state.optimizer)
+    groups = {"adapter": adapter.weights(state.model), "optimizer": tensors}
+    values = {"optimizer": settings, "at": metrics.plain(asdict(at))}
+    if state.best:
+        groups["best"] = state.best
+    if state.fork is not None:
+        groups |= {"fork_adapter": state.fork.adapter, "fork_optimizer": state.fork.optimizer}
+        values["fork"] = state.fork.settings
+    saver.save(at.done, groups, values)
+
+
+def restore(state: "Training", saved: Saved) -> At:
+    """Puts a checkpoint back and says how far the run is."""
+    tensors = saved.tensors
+    put_back(state, Point(tensors["adapter"], tensors["optimizer"], saved.state["optimizer"]))
+    state.best = tensors.get("best", {})
+    if "fork" in saved.state:
+        state.fork = Point(tensors["fork_adapter"], tensors["fork_optimizer"], saved.state["fork"])
+    at = At(**saved.state["at"])
+    at.best = math.inf if at.best is None else at.best
+    at.quality, at.best_quality = metrics.figures(at.quality), metrics.figures(at.best_quality)
+    return at
