@@ -24,6 +24,7 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
   veritune demo                         see the whole job run on this machine, in minutes
   veritune prepare SOURCE... --out DIR  labelled rows -> a frozen, balanced, split dataset
   veritune init RUN.toml                a run file to start from, every key explained
+  veritune plan RUN.toml                phases, steps, learning rate, time and cost of a run, before it runs
   veritune train RUN.toml               dataset + base model -> a LoRA adapter, measured while it trains
   veritune evaluate ADAPTER DATA        accuracy with interval, AUROC, calibration, by any column
   veritune score ADAPTER FILE --out F   the same rows with P(correct) added
@@ -71,13 +72,39 @@ def prepare(
     dataset.prepare(sources, out, settings, console)
 
 
-def train(args: Sequence[str]) -> None:
-    """Trains a run file's adapter; flags override the file's keys (`veritune train run.toml --train.lr 1e-4`)."""
-    file, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+def run_file(args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
+    """The run file that a command line begins with, read, and the flags after it."""
+    if args and not args[0].startswith("-"):
+        return config.read_run(Path(args[0])), args[1:]
+    return None, args
+
+
+def plan(args: Sequence[str]) -> None:
+    """Prints what a run would do; flags as for `train`, and those of `planned.options`."""
+    from .report import planned
+    from .training import feed
+
+    found, flags = run_file(args)
+    told, flags = planned.options(flags)
     run = parse(
         config.Run,
         flags,
-        config.read_run(Path(file)) if file else None,
+        found,
+        prog="veritune plan RUN.toml",
+        description=f"Prints what a run would do, without weights. {planned.OPTIONS} The flags below override RUN.toml, "
+        "as for `veritune train`.",
+    )
+    source = feed.read(run)
+    planned.show_plan(run, source, console, told, planned.speed(told, run))
+
+
+def train(args: Sequence[str]) -> None:
+    """Trains a run file's adapter; flags override the file's keys (`veritune train run.toml --train.lr 1e-4`)."""
+    found, flags = run_file(args)
+    run = parse(
+        config.Run,
+        flags,
+        found,
         prog="veritune train RUN.toml",
         description="Trains the adapter that a run file describes, or goes on with it. RUN.toml holds these settings "
         "as tables; flags override it. The same command again resumes.",
@@ -246,6 +273,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "init": init,
     "schema": schema,
+    "plan": plan,
     "train": train,
     "evaluate": evaluate,
     "score": score,
@@ -272,8 +300,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         if name not in VERBS:
             raise ConfigError(f"there is no verb {name!r}; the verbs are {', '.join(VERBS)}")
-        if name == "train":
-            train(args)
+        if name in ("plan", "train"):
+            (plan if name == "plan" else train)(args)
         else:
             check(args, names(VERBS[name]), f"veritune {name}")
             tyro.cli(VERBS[name], args=args, prog=f"veritune {name}")

@@ -222,14 +222,14 @@ class Run:
 
     out: str
     """The run folder. The same command again goes on from its last checkpoint."""
+    phases: tuple[Phase, ...] = ()
+    """Phases spelt out, in place of a strategy: each `[[phases]]` table is one."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     prompt: Prompt = field(default_factory=Prompt)
     lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
     strategy: Strategy = field(default_factory=Strategy)
-    phases: tuple[Phase, ...] = ()
-    """Phases spelt out, in place of a strategy: each `[[phases]]` table is one."""
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     track: Track = field(default_factory=Track)

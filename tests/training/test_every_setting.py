@@ -60,6 +60,18 @@ PREPARED: dict[str, Case] = {
     "train.micro_batch_tokens": Case(64, "parts"),
     "train.seed": Case(7, "batches"),
     "validation.rows": Case(4, "validation"),
+    "phases": Case([{"rows": [0, 8]}], "batches"),
+    "strategy.kind": Case("sequential", "batches"),
+    "strategy.slices": Case(3, "batches", {"strategy.kind": "sequential"}),
+    "strategy.ends": Case([8, 24], "batches", {"strategy.kind": "sequential"}),
+    "strategy.slice_rows": Case(4, "batches", {"strategy.kind": "sequential"}),
+    "strategy.column": Case("solver", "batches", {"strategy.kind": "sequential", "strategy.slices": 2}),
+    "strategy.replay_ratio": Case(0.5, "batches", {"strategy.kind": "replay"}),
+    "strategy.optimizer_state": Case("keep", "phases", {"strategy.kind": "sequential"}),
+    "strategy.start_from": Case("best", "phases", {"strategy.kind": "sequential"}),
+    "strategy.presentations": Case(40, "batches", {"strategy.kind": "sequential"}),
+    "strategy.cooldowns": Case([8], "rates", {"strategy.kind": "stream"}),
+    "strategy.probe_rows": Case(3, "probes", {"strategy.kind": "sequential"}),
 }
 TRAINED: dict[str, Case] = {
     "out": Case("OTHER", "folder"),
@@ -142,6 +154,8 @@ def facets(run: config.Run) -> dict[str, Any]:
         "recomputes": [module.training for module in trainer.load.layers(state.model)],
         "parts": [len(micros) for _, micros, _ in made],
         "validation": len(state.validation.labels),
+        "phases": [(phase.optimizer_state, phase.start_from) for phase in state.plan.phases],
+        "probes": [len(part.trained) for part in state.source.slices],
     }
 
 

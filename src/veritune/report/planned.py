@@ -1,0 +1,146 @@
+"""`veritune plan`: what a run will do, before any weights are loaded."""
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .. import config
+from ..errors import ConfigError, MissingError
+from ..training.feed import Source
+from ..training.plan import Phase
+from . import folder
+from .braille import curve
+from .folder import duration
+
+SCORING = 0.4
+"""Of the time that training on a row takes, what scoring one takes: 0.33 (float32) and 0.42 (bf16) were measured on
+SmolLM2-135M (docs/results.md)."""
+WIDTH, HEIGHT = 78, 6
+
+
+OPTIONS = (
+    "--rows-per-second N: the speed to reckon with, by default that of the run folder, if it has steps; --like RUN: the "
+    "speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, 12 by default."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan is told besides the run."""
+
+    rows_per_second: float | None
+    like: Path | None
+    price: float | None
+    hours: float
+
+
+def options(flags: Sequence[str]) -> tuple[Options, list[str]]:
+    """Takes a plan's own flags out of a command line's. Raises ConfigError for a value that cannot be."""
+    parser = argparse.ArgumentParser(prog="veritune plan RUN.toml", add_help=False, allow_abbrev=False)
+    parser.add_argument("--rows-per-second", "--rows_per_second", type=float)
+    parser.add_argument("--like", type=Path)
+    parser.add_argument("--price", type=float)
+    parser.add_argument("--hours", type=float, default=12.0)
+    told, rest = parser.parse_known_args(list(flags))
+    if (told.rows_per_second is not None and not told.rows_per_second > 0) or not told.hours > 0:
+        raise ConfigError("--rows-per-second and --hours must be above 0")
+    return Options(told.rows_per_second, told.like, told.price, told.hours), rest
+
+
+def speed(told: Options, run: config.Run) -> float | None:
+    """Rows a second to reckon with, None if nothing tells. Raises MissingError for a --like that has none."""
+    if told.rows_per_second is not None or told.like is not None:
+        return told.rows_per_second or (speed_of(told.like) if told.like else None)
+    with suppress(MissingError):
+        return speed_of(Path(run.out))
+    return None
+
+
+def show_plan(run: config.Run, source: Source, console: Console, told: Options, rows_per_second: float | None) -> None:
+    """Prints phases, learning rate, and time, sessions and cost where a speed is known."""
+    plan, slices = source.plan, source.slices
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("phase", "rows", "shown", "steps", "lr", "optimiser", "weights", "time"):
+        table.add_column(
+            name, justify="left" if name in ("phase", "optimiser", "weights") else "right", no_wrap=name != "phase"
+        )
+    for phase in plan.phases:
+        first = phase is plan.phases[0]
+        table.add_row(
+            escape(phase.name),
+            f"{len(phase.rows):,}",
+            f"{phase.presentations:,}",
+            f"{phase.steps:,}",
+            _rates(source, phase),
+            "new" if first or phase.optimizer_state == "reset" else "kept",
+            ("given" if run.train.start_from else "new") if first else phase.start_from,
+            duration(phase.presentations / rows_per_second) if rows_per_second else "",
+        )
+    console.print(table)
+    rates = [plan.lr(step) for step in range(len(plan))]
+    console.print(f"\nlearning rate over {len(rates):,} steps ({run.train.optimizer})", highlight=False)
+    for line in curve(rates, min(WIDTH, console.width - 1), HEIGHT):
+        console.out(line, highlight=False)
+    if slices:
+        console.print(f"\n{len(slices)} slices:", highlight=False)
+    for number, part in enumerate(slices, 1):
+        rows, share = part.rows, source.train.labels[part.rows].mean()
+        console.out(
+            f"  {number}: {part.name}: {len(rows):,} rows, {share:.0%} correct; probes of {len(part.trained):,} rows "
+            f"trained on and {len(source.validation.labels if part.held_out is None else part.held_out):,} held out",
+            highlight=False,
+        )
+    shown, scored = plan.presentations, _scored(run, source)
+    times = shown / len(source.train.labels)
+    console.out(
+        f"\nin all {len(plan):,} steps, {shown:,} row presentations ({times:.2f} times the "
+        f"{len(source.train.labels):,} rows), {scored:,} rows scored by validations and probes",
+        highlight=False,
+    )
+    if rows_per_second is None:
+        console.out(
+            "time: not known; tell --rows-per-second N, or --like RUN, a run folder with its speed", highlight=False
+        )
+        return
+    seconds = (shown + SCORING * scored) / rows_per_second
+    sessions = max(math.ceil(seconds / 3600 / told.hours), 1)
+    line = f"time: {duration(seconds)} at {rows_per_second:,.1f} rows/s, beside loading and saving; "
+    line += f"{sessions} session{'s' if sessions > 1 else ''} of {told.hours:g} h"
+    if told.price is not None:
+        line += f"; cost {seconds / 3600 * told.price:,.2f} at {told.price:g} an hour"
+    console.out(line, highlight=False)
+
+
+def speed_of(path: Path) -> float:
+    """The median rows a second of a run's steps, without those in which it warmed up. Raises MissingError."""
+    steps = folder.read(path).metrics.steps
+    pairs = list(zip(steps["rows"], steps["seconds"], strict=True))
+    rates = [rows / seconds for rows, seconds in pairs[min(10, len(pairs) // 2) :] if seconds > 0]
+    if not rates:
+        raise MissingError(f"{path}: no step of this run has ended, so its speed is not known")
+    return statistics.median(rates)
+
+
+def _rates(source: Source, phase: Phase) -> str:
+    """The highest rate of a phase and its last."""
+    rates = [source.plan.lr(step) for step in range(phase.start, phase.end)]
+    return f"{max(rates):.1e} to {rates[-1]:.0e}"
+
+
+def _scored(run: config.Run, source: Source) -> int:
+    """Rows that validations and probes score."""
+    plan, every = source.plan, run.validation.every
+    at = {*range(every, len(plan) + 1, every), *(phase.end for phase in plan.phases if phase.kind != "part")}
+    probes = 0
+    if run.strategy.probe_rows:
+        each = sum(len(it.trained) + (0 if it.held_out is None else len(it.held_out)) for it in source.slices)
+        probes = each * sum(phase.kind != "part" for phase in plan.phases)
+    return len(at) * len(source.validation.labels) + probes
