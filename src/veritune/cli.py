@@ -91,8 +91,7 @@ def plan(args: Sequence[str]) -> None:
         flags,
         found,
         prog="veritune plan RUN.toml",
-        description=f"Prints what a run would do, without weights. {planned.OPTIONS} The flags below override RUN.toml, "
-        "as for `veritune train`.",
+        description=f"Prints what a run would do, without weights. {planned.OPTIONS} Those below override RUN.toml.",
     )
     source = feed.read(run)
     planned.show_plan(run, source, console, told, planned.speed(told, run))

@@ -27,8 +27,8 @@ WIDTH, HEIGHT = 78, 6
 
 
 OPTIONS = (
-    "--rows-per-second N: the speed to reckon with, by default that of the run folder, if it has steps; --like RUN: the "
-    "speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, 12 by default."
+    "--rows-per-second N: the speed to reckon with, by default that of the run folder, if it has steps; --like RUN: "
+    "the speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, 12 by default."
 )
 
 
