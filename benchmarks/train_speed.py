@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import workload
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veritune import config
-from veritune.model import adapter, load
+from veritune.model import adapter, graphs, load, precision
 from veritune.model.compiled import compile_layers
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import build, split
@@ -35,8 +36,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-def random_base(shape: str, device: torch.device) -> load.Base:
-    """A model with random bf16 weights, made on the device."""
+def random_base(shape: str, device: torch.device, held: str) -> load.Base:
+    """A model with random weights, made on the device."""
     torch.manual_seed(0)
     was = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -50,7 +51,22 @@ def random_base(shape: str, device: torch.device) -> load.Base:
     inverse, _ = type(rotary).compute_default_rope_parameters(model.config, device)
     rotary.inv_freq.copy_(inverse), rotary.original_inv_freq.copy_(inverse)
     model.requires_grad_(False).eval()
-    return load.Base(model, None, device, "bf16", shape)
+    if held == "nf4":
+        for layer in load.layers(model):
+            for name, module in list(layer.named_modules()):
+                if isinstance(module, torch.nn.Linear):
+                    layer.set_submodule(name, to_nf4(module))
+    return load.Base(model, None, device, held, shape)
+
+
+def to_nf4(module: torch.nn.Linear) -> Linear4bit:
+    """A layer as transformers would load it with load_in_4bit, double quantisation and bf16 products."""
+    packed = Linear4bit(
+        module.in_features, module.out_features, False, torch.bfloat16, True, "nf4", device=torch.device("meta")
+    )
+    weight = Params4bit(module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    packed.weight = weight._quantize(module.weight.device)
+    return packed
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -78,18 +94,28 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="steps in a window")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--unpacked", action="store_true", help="hold an NF4 base as bf16 on the GPU")
+    parser.add_argument("--cap", type=float, help="GiB of GPU memory that may be used")
+    parser.add_argument("--graphs", action="store_true", help="record passes as CUDA graphs")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--profile", action="store_true")
     o = parser.parse_args()
     device = load.pick_device("auto")
     rows, labels, questions, answers = workload.read(o.rows)
-    base = load.load_base(config.Model(path=o.model, base=o.base)) if o.model else random_base(o.shape, device)
+    started = time.perf_counter()
+    if o.cap:
+        torch.cuda.set_per_process_memory_fraction(o.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    base = load.load_base(config.Model(path=o.model, base=o.base)) if o.model else random_base(o.shape, device, o.base)
     print("paths:", load.check_paths(base, 2048) or "ok", flush=True)
     model = adapter.add_adapter(base, config.Lora(), seed=0)
+    if o.unpacked:
+        precision.hold_unpacked(model)
     load.set_training(model, checkpointing=o.checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
     stepper = optimizer.make(parameters, config.Train())
-    frozen = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad and "embed" not in n)
+    text = base.model.config
+    per_layer = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    frozen = text.num_hidden_layers * (per_layer + 3 * text.hidden_size * text.intermediate_size)
     starts = np.flatnonzero(np.r_[True, questions[1:] != questions[:-1]])
     picks = np.concatenate([np.arange(s, min(s + o.together, len(rows))) for s in starts])
 
@@ -101,10 +127,12 @@ def main() -> None:
 
     def step(micros: list) -> torch.Tensor:
         for trie, y in micros:
+            if recorded is not None and recorded.backward(trie, y.numpy(), 1 / o.examples) is not None:
+                continue
             label_loss(label_logits(model, trie, device), y.to(device), answers).div(o.examples).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         stepper.step()
-        stepper.zero_grad(set_to_none=True)
+        stepper.zero_grad(set_to_none=recorded is None)
         return norm
 
     count = 3 + o.windows * o.steps
@@ -113,10 +141,16 @@ def main() -> None:
         trie, y = micros[0][0]
         problem = compile_layers(model, lambda: label_loss(label_logits(model, trie, device), y.to(device), answers))
         print("compiled:", problem or "ok", flush=True)
+    recorded = None
+    if o.graphs:
+        trie, y = micros[0][0]
+        loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
+        recorded, problem = graphs.record(model, device, answers, trie, y.numpy(), loss)
+        print("recorded:", problem or "ok", flush=True)
     start = time.perf_counter()
     step(micros[0])
     torch.cuda.synchronize()
-    first = time.perf_counter() - start
+    first, ready = time.perf_counter() - start, time.perf_counter() - started
     norms = [float(step(micros[i])) for i in (1, 2)]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -134,12 +168,14 @@ def main() -> None:
     rate = matrix_rate(device)
     plain = sum(len(rows[i]) for i in picks) / len(picks)
     result = {
-        "engine": f"veritune {o.base}", "model": o.model or o.shape, "together": o.together,
+        "engine": f"veritune {o.base}" + " unpacked" * o.unpacked + " recomputed" * o.checkpointing
+        + " graphs" * o.graphs, "model": o.model or o.shape, "together": o.together,
         "examples/s": round(speeds[len(speeds) // 2], 1), "tokens/s": round(rates[len(rates) // 2]),
         "share of matrix rate": round(rates[len(rates) // 2] * 4 * frozen / rate, 3),
         "TFLOP/s of matrix rate": round(rate / 1e12), "mean length": round(plain, 1),
         "tokens a row": round(float(np.mean(tokens)) / o.examples, 1),
         "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1), "first step s": round(first, 1),
+        "ready s": round(ready, 1),
         "gradient norms": norms,
         "device": torch.cuda.get_device_name(),
     }  # fmt: skip

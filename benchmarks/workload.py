@@ -1,6 +1,6 @@
 """One workload for every engine: real rows as token ids of the Llama-3 tokenizer, in veritune's prompt.
 
-    python benchmarks/workload.py --data ../shared/data --tokenizer LLAMA3_FOLDER --out rows.npz [--questions 600]
+    python benchmarks/workload.py --data ../shared/data --tokenizer LLAMA3_FOLDER|GGUF --out rows.npz [--questions 600]
 
 Writes ids (one flat int32 array with offsets), labels, questions (numbers) and the two answer ids: `--per-question`
 solutions of each question, questions in random order. Without --data, generated rows of the same lengths.
@@ -20,13 +20,16 @@ LLAMA3 = (
 def real(data: Path, tokenizer: Path, questions: int, per_question: int) -> dict[str, np.ndarray]:
     """Rows of the first `questions` questions of a random order that have enough solutions."""
     import polars as pl
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from veritune import config
     from veritune.tokens import encode, prompt
 
-    tok = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"), bos_token="<|begin_of_text|>")
-    tok.chat_template = LLAMA3
+    if tokenizer.suffix == ".gguf":
+        tok = AutoTokenizer.from_pretrained(str(tokenizer.parent), gguf_file=tokenizer.name)
+    else:
+        tok = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"), bos_token="<|begin_of_text|>")
+        tok.chat_template = LLAMA3
     frame = prompt.render(config.Prompt(max_length=2048), tok)
     table = pl.read_ndjson(data / "train.jsonl.gz")
     rng = np.random.default_rng(0)

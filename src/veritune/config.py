@@ -120,7 +120,8 @@ class Train:
     """Tokens computed at once; memory grows with it, the result does not depend on it. Default: 16384 on a GPU,
     2048 on a CPU."""
     compile: bool = True
-    """On a GPU, compile each layer: about a minute at the start, then much faster. The result differs by rounding."""
+    """On a GPU, compile each layer and, for small models, record passes as CUDA graphs: about a minute at the start,
+    then much faster. The result differs by rounding."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of rows, the adapter's first weights and dropout."""
     start_from: str | None = None

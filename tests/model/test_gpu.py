@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veritune import config
-from veritune.model import adapter, load
+from veritune.model import adapter, graphs, load, precision
 from veritune.model.compiled import compile_layers
 from veritune.model.verdict import label_logits, label_loss, rowwise_logits
 from veritune.tokens.trie import build
@@ -75,3 +75,78 @@ def test_flash_paths_and_compiled_layers_learn_what_stock_learns(heads, key_head
     ours = gradients(model, label_logits(model, build(given), device), labels)
     # bf16 rounds; ours may be no further from float64 than stock's own bf16, give or take.
     assert worst(ours, truth) <= 1.5 * worst(expected, truth) + 0.01
+
+
+def test_recorded_passes_give_the_gradients_of_plain_ones_for_any_trie():
+    given, device = rows(), torch.device("cuda")
+    base = make(8, 2)
+    assert load.check_paths(base, 2048) is None
+    model = adapter.add_adapter(base, config.Lora(rank=8, alpha=16), seed=0)
+    randomise(model)
+    load.set_training(model, checkpointing=False)
+    labels = np.arange(len(given)) % 3 == 0
+    on_device = torch.from_numpy(labels).to(device)
+    trie = build(given)
+    plain = lambda trie, y: label_loss(label_logits(model, trie, device), y, ANSWERS)  # noqa: E731
+    recorded, problem = graphs.record(model, device, ANSWERS, trie, labels, lambda: plain(trie, on_device))
+    assert problem is None
+    assert recorded is not None
+    for count in (24, 21, 9, 24):  # one that is recorded already, one that fits into it, one that does not
+        part, y = build(given[:count]), on_device[:count]
+        model.zero_grad(set_to_none=False)
+        first = recorded.backward(part, labels[:count], 0.5)
+        second = recorded.backward(part, labels[:count], 0.5)
+        found = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=False)
+        loss = plain(part, y)
+        loss.backward()
+        expected = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+        assert worst(found, expected) < 0.05
+        for each in (first, second):
+            assert each is not None
+            torch.testing.assert_close(each, loss.detach() / 2, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp8_products_on_the_gpu_are_those_their_numbers_stand_for(compiled):
+    device = torch.device("cuda")
+    base = make(8, 2)
+    base.precision = "fp8"
+    model = adapter.add_adapter(base, config.Lora(rank=8, alpha=16), seed=0)
+    layer = next(m for m in model.modules() if isinstance(m, precision.Fp8Linear))
+    torch.manual_seed(0)
+    x, grad = (torch.randn(100, n, device=device).bfloat16() for n in (layer.in_features, layer.out_features))
+    low, up = (
+        torch.randn(100, 8, device=device).bfloat16(),
+        torch.randn(layer.out_features, 8, device=device).bfloat16(),
+    )
+    kind, parts = precision.frozen_parts(layer)
+    y = precision.plus(kind, x, parts, None, low, up).double()
+    spelt = lambda values, scale: values.double() * scale.double()  # noqa: E731
+    exact = (
+        spelt(*precision.quantise_rows(x)) @ spelt(layer.by_row, layer.row_scale.t()).t()
+        + low.double() @ up.double().t()
+    )
+    assert (y - exact).norm() < 0.01 * exact.norm()
+    back = precision.plus_back(kind, grad, parts, low, torch.zeros(layer.in_features, 8, device=device).bfloat16())
+    exact = spelt(*precision.quantise_rows(grad)) @ spelt(layer.by_column, layer.column_scale.t()).t()
+    assert (back.double() - exact).norm() < 0.01 * exact.norm()
+    # and the whole model learns nearly what the bf16 one learns
+    given = rows()
+    labels = torch.arange(len(given), device=device) % 3 == 0
+    plain_base = make(8, 2)
+    plain = adapter.add_adapter(plain_base, config.Lora(rank=8, alpha=16), seed=0)
+    found = []
+    for each, of in ((model, base), (plain, plain_base)):
+        load.use_paths(of.model)
+        randomise(each)
+        load.set_training(each, checkpointing=False)
+        if compiled and each is model:
+            trie = build(given)
+            assert (
+                compile_layers(each, lambda m=each, t=trie: label_loss(label_logits(m, t, device), labels, ANSWERS))
+                is None
+            )
+        found.append(gradients(each, label_logits(each, build(given), device), labels))
+    everything = [torch.cat([g.flatten() for g in grads.values()]) for grads in found]
+    assert (everything[0] - everything[1]).norm() < 0.3 * everything[1].norm()

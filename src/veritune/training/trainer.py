@@ -16,6 +16,7 @@ from .. import config
 from ..errors import NonFiniteError
 from ..model import adapter, load
 from ..model.compiled import compile_layers, plain_layers
+from ..model.graphs import Graphs, launch_bound, record
 from ..model.verdict import label_logits, label_loss, rowwise_logits
 from ..model.verifier import MICRO_BATCH_TOKENS
 from ..tokens import prompt
@@ -48,6 +49,8 @@ class Training:
     about: adapter.About
     best: dict[str, Tensor] = field(default_factory=dict)
     """The adapter of the lowest validation log loss so far, on the CPU."""
+    graphs: Graphs | None = None
+    """Recorded passes, for a small model on a GPU."""
     fork: Point | None = None
     """In a cooldown, where it left the main line."""
 
@@ -215,14 +218,28 @@ def prepare(run: config.Run, console: Console, base: load.Base | None = None) ->
         about=adapter.About(words, base.path, base.precision, source.fingerprint),
     )
     if run.train.compile and base.device.type == "cuda" and state.shared:
-        _, (micro, *_), _ = micro_batches(state, 0)
         with console.status("compiling the layers"):
-            problem = compile_layers(model, lambda: micro_loss(state, micro))
-        if problem:
-            console.print(f"layers are not compiled, which is slower: {problem}", style="yellow", markup=False)
+            speed_up(state, console)
     else:
         plain_layers(model)
     return state
+
+
+def speed_up(state: Training, console: Console) -> None:
+    """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
+    _, (micro, *_), _ = micro_batches(state, 0)
+    assert micro.trie is not None, "only rows that share a beginning get here"
+    problem = compile_layers(state.model, lambda: micro_loss(state, micro))
+    slower = "layers are not compiled"
+    plain = not (state.run.lora.dropout or state.run.train.gradient_checkpointing)
+    if problem is None and plain and launch_bound(state.model, state.budget):
+        answers = state.encoder.frame.answer_ids
+        state.graphs, problem = record(
+            state.model, state.base.device, answers, micro.trie, micro.labels, lambda: micro_loss(state, micro)
+        )
+        slower = "steps are not recorded as CUDA graphs"
+    if problem:
+        console.print(f"{slower}, which is slower: {problem}", style="yellow", markup=False)
 
 
 def decisive(state: Training) -> dict[str, Any]:
@@ -245,9 +262,7 @@ def one_step(state: Training, step: int, micros: list[Micro]) -> tuple[float, fl
     size = sum(len(micro.labels) for micro in micros)
     total: float | Tensor = 0.0
     for micro in micros:
-        loss = micro_loss(state, micro) / size
-        loss.backward()
-        total = total + loss.detach()
+        total = total + backward(state, micro, size)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, state.run.train.max_grad_norm)
     loss_value, norm_value = torch.stack([torch.as_tensor(total, device=norm.device), norm]).tolist()
     if norm_value == 0 and loss_value > 0:  # a loss of exactly 0 has nothing left to teach
@@ -264,8 +279,19 @@ def one_step(state: Training, step: int, micros: list[Micro]) -> tuple[float, fl
     for group in state.optimizer.param_groups:
         group["lr"] = state.plan.lr(step)
     state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=state.graphs is None)
     return loss_value, norm_value
+
+
+def backward(state: Training, micro: Micro, size: int) -> Tensor:
+    """Adds the gradients of a micro-batch's share of the mean loss over `size` rows, and returns that share."""
+    if state.graphs is not None and micro.trie is not None:
+        loss = state.graphs.backward(micro.trie, micro.labels, 1 / size)
+        if loss is not None:
+            return loss
+    loss = micro_loss(state, micro) / size
+    loss.backward()
+    return loss.detach()
 
 
 def micro_loss(state: Training, micro: Micro) -> Tensor:

@@ -1,0 +1,177 @@
+"""Training speed of veritune's peers on the rows of workload.py: each in its own process, given its best.
+
+    python benchmarks/peers.py make DIR                              the 8B shape with random weights, as a model folder
+    python benchmarks/peers.py trl ROWS.npz DIR --bits 4|16 --batch N [--recompute] [--losses FILE --adapter FOLDER]
+    python benchmarks/peers.py unsloth ROWS.npz DIR --bits 4|16 --batch N
+
+Rows come as padded batches of whole rows in veritune's order (8 solutions of a question side by side), each with one
+label token. Prints a RESULT line: examples/s is the median of three windows after warm-up.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import workload
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_DISABLED="true", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="0")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make(folder: Path) -> None:
+    """The 8B shape as transformers saves it, with a tokenizer that nothing is asked of."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from train_speed import random_base
+    from transformers import PreTrainedTokenizerFast
+
+    random_base("8b", torch.device("cuda"), "bf16").model.save_pretrained(folder, max_shard_size="4GB")
+    words = {"<unk>": 0, "<pad>": 128004, "<eos>": 128009, "<bos>": 128000}
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        **{f"{name}_token": f"<{name}>" for name in ("unk", "pad", "eos", "bos")},
+    )
+    tok.save_pretrained(folder)
+
+
+def dataset(rows: Path, count: int) -> tuple[Any, float]:
+    """The first `count` rows as TRL takes them, and their mean length."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    ids, labels, _, answers = workload.read(rows)
+    whole = [np.append(ids[i % len(ids)], answers[0 if labels[i % len(ids)] else 1]).tolist() for i in range(count)]
+    table = {
+        "input_ids": whole,
+        "labels": [[-100] * (len(row) - 1) + row[-1:] for row in whole],
+        "attention_mask": [[1] * len(row) for row in whole],
+    }
+    # A fingerprint of our own: datasets would pickle the table, which fails with some versions of dill and pyarrow.
+    return Dataset(InMemoryTable(pa.table(table)), fingerprint="rows"), sum(map(len, whole)) / count
+
+
+def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float) -> None:
+    """A run of TRL's trainer over rows in their order, timed by windows of steps."""
+    import torch
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows, mean = dataset(o.rows, o.batch * o.steps)
+    marks: list[float] = []
+
+    class Marks(TrainerCallback):
+        def on_step_begin(self, *unused: Any, **more: Any) -> None:
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+    settings = SFTConfig(
+        output_dir="/tmp/peer", per_device_train_batch_size=o.batch, max_steps=o.steps, learning_rate=2e-4,
+        lr_scheduler_type="constant", use_cpu=not torch.cuda.is_available(), optim=o.optim, bf16=torch.cuda.is_available(), gradient_checkpointing=o.recompute, warmup_steps=0,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if o.recompute else None, logging_steps=1,
+        save_strategy="no", report_to=[], max_length=2048, packing=False, disable_tqdm=True, max_grad_norm=1.0,
+        dataset_kwargs={"skip_prepare_dataset": True}, **({"use_liger_kernel": True} if o.liger else {}),
+    )  # fmt: skip
+    trainer = InOrder(model=model, args=settings, train_dataset=rows, processing_class=tok, callbacks=[Marks()])
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    torch.cuda.synchronize()
+    marks.append(time.perf_counter())
+    warm = o.steps - 3 * ((o.steps - 3) // 3)
+    width = (o.steps - warm) // 3
+    windows = [(marks[warm + (i + 1) * width] - marks[warm + i * width]) / width for i in range(3)]
+    speed = o.batch / statistics.median(windows)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "engine": name, "batch": o.batch, "examples/s": round(speed, 1), "tokens/s": round(speed * mean),
+        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1), "ready s": round(marks[1] - started, 1),
+        "mean length": round(mean, 1), "device": torch.cuda.get_device_name(),
+    }  # fmt: skip
+    print("RESULT " + json.dumps(result), flush=True)
+    if o.losses:
+        o.losses.write_text(json.dumps(losses))
+
+
+def trl(o: argparse.Namespace) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    started = time.perf_counter()
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        o.model, quantization_config=four if o.bits == 4 else None, dtype=torch.bfloat16, device_map={"": 0},
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    if o.bits == 4:
+        how = {"use_reentrant": False}
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=o.recompute, gradient_checkpointing_kwargs=how
+        )
+    if o.adapter:
+        model = PeftModel.from_pretrained(model, o.adapter, is_trainable=True)
+    else:
+        lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    if o.recompute:
+        model.enable_input_require_grads()
+    how = " recomputed" * o.recompute + " liger" * o.liger
+    train(model, AutoTokenizer.from_pretrained(o.model), o, f"TRL {'nf4' if o.bits == 4 else 'bf16'}{how}", started)
+
+
+def unsloth(o: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, tok = FastLanguageModel.from_pretrained(
+        o.model, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=o.bits == 4, local_files_only=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=TARGETS,
+        use_gradient_checkpointing="unsloth" if o.recompute else False, random_state=0,
+    )  # fmt: skip
+    how = " recomputed" * o.recompute
+    train(model, tok, o, f"Unsloth {'nf4' if o.bits == 4 else 'bf16'}{how}", started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("make").add_argument("folder", type=Path)
+    for name in ("trl", "unsloth"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("rows", type=Path)
+        verb.add_argument("model")
+        verb.add_argument("--bits", type=int, choices=(4, 16), default=16)
+        verb.add_argument("--batch", type=int, default=16)
+        verb.add_argument("--steps", type=int, default=12)
+        verb.add_argument("--optim", default="adamw_torch_fused")
+        verb.add_argument("--recompute", action="store_true")
+        verb.add_argument("--liger", action="store_true")
+        verb.add_argument("--adapter")
+        verb.add_argument("--losses", type=Path)
+    o = parser.parse_args()
+    if o.verb == "make":
+        make(o.folder)
+    elif o.verb == "trl":
+        trl(o)
+    else:
+        unsloth(o)
+
+
+if __name__ == "__main__":
+    main()
