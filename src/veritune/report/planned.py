@@ -14,8 +14,8 @@ from rich.table import Table
 
 from .. import config
 from ..errors import ConfigError, MissingError
+from ..suggest import distance
 from ..training.feed import Source
-from ..training.plan import Phase
 from . import folder
 from .braille import curve
 from .folder import duration
@@ -50,6 +50,10 @@ def options(flags: Sequence[str]) -> tuple[Options, list[str]]:
     parser.add_argument("--price", type=float)
     parser.add_argument("--hours", type=float, default=12.0)
     told, rest = parser.parse_known_args(list(flags))
+    own = [name for action in parser._actions for name in action.option_strings]
+    for flag in (arg.partition("=")[0] for arg in rest if arg.startswith("--")):
+        if near := [name for name in own if distance(name, flag) <= 2]:
+            raise ConfigError(f"there is no flag {flag} (did you mean {near[0]!r}?)")
     if (told.rows_per_second is not None and not told.rows_per_second > 0) or not told.hours > 0:
         raise ConfigError("--rows-per-second and --hours must be above 0")
     return Options(told.rows_per_second, told.like, told.price, told.hours), rest
@@ -68,7 +72,7 @@ def show_plan(run: config.Run, source: Source, console: Console, told: Options, 
     """Prints phases, learning rate, and time, sessions and cost where a speed is known."""
     plan, slices = source.plan, source.slices
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("phase", "rows", "shown", "steps", "lr", "optimiser", "weights", "time"):
+    for name in ("phase", "rows", "shown", "steps", "highest lr", "optimiser", "weights", "time"):
         table.add_column(
             name, justify="left" if name in ("phase", "optimiser", "weights") else "right", no_wrap=name != "phase"
         )
@@ -79,7 +83,7 @@ def show_plan(run: config.Run, source: Source, console: Console, told: Options, 
             f"{len(phase.rows):,}",
             f"{phase.presentations:,}",
             f"{phase.steps:,}",
-            _rates(source, phase),
+            f"{max(plan.lr(step) for step in range(phase.start, phase.end)):.3g}",
             "new" if first or phase.optimizer_state == "reset" else "kept",
             ("given" if run.train.start_from else "new") if first else phase.start_from,
             duration(phase.presentations / rows_per_second) if rows_per_second else "",
@@ -127,12 +131,6 @@ def speed_of(path: Path) -> float:
     if not rates:
         raise MissingError(f"{path}: no step of this run has ended, so its speed is not known")
     return statistics.median(rates)
-
-
-def _rates(source: Source, phase: Phase) -> str:
-    """The highest rate of a phase and its last."""
-    rates = [source.plan.lr(step) for step in range(phase.start, phase.end)]
-    return f"{max(rates):.1e} to {rates[-1]:.0e}"
 
 
 def _scored(run: config.Run, source: Source) -> int:

@@ -220,10 +220,10 @@ class _Maker:
                 rows = np.sort(np.concatenate((rows, earlier)))
             parts.append(rows)
         shown = self._shown([len(rows) for rows in parts], strategy.presentations)
-        besides = {"cumulative": " and those before", "replay": " and replay"}.get(strategy.kind, "")
+        names = {"sequential": "slice {}", "cumulative": "slices 1 to {}", "replay": "slice {} and replay"}
         return [
             self.phase(
-                f"{number + 1}: slice {number + 1}" + (besides if number else ""),
+                f"{number + 1}: " + names[strategy.kind if number else "sequential"].format(number + 1),
                 rows,
                 shown=count,
                 number=number,
