@@ -53,6 +53,15 @@ def test_a_slip_in_a_key_of_a_run_file_is_told_the_key(key: str) -> None:
         assert repr(key) in told.partition("did you mean")[2].partition(")")[0], told
 
 
+@pytest.mark.parametrize("name", config.keys(config.Phase))
+def test_a_slip_in_a_listed_phase_is_told_its_key(name: str) -> None:
+    for slip in set(slips(name)) - set(config.keys(config.Phase)):
+        with pytest.raises(ConfigError) as caught:
+            config.build(config.Run, {"out": "o", "phases": [{"rows": [0, 8]}, {"rows": [8, 9], slip: 1}]}, "run.toml")
+        assert f"unknown key 'phases.1.{slip}'" in str(caught.value)
+        assert repr(f"phases.{name}") in str(caught.value).partition("did you mean")[2], caught.value
+
+
 @pytest.mark.parametrize("table", sorted({key.partition(".")[0] for key in KEYS if "." in key}))
 def test_a_slip_in_a_table_is_told_the_table(table: str) -> None:
     for slip in slips(table):

@@ -10,7 +10,7 @@ import json
 import tomllib
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -317,7 +317,11 @@ def _explain(cls: Any, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = keys(cls) + [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
-        return f"unknown key {key!r}{did_you_mean(nearest(key, known))}"
+        for listed in dataclasses.fields(cls):  # tables in a list, such as [[phases]]
+            inner = [kind for kind in get_args(listed.type) if dataclasses.is_dataclass(kind)]
+            known += [f"{listed.name}.{name}" for kind in inner for name in keys(kind)]
+        meant = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
+        return f"unknown key {key!r}{did_you_mean(nearest(meant, known))}"
     if item["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{key!r} is not set"
     return f"{key} = {item['input']!r}: {item['msg'].lower()}"
