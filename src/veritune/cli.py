@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 a mistake the message explains; 130 stopped by a signal. I
 verb needs them, so `--help` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
 """
 
 Path_ = tyro.conf.Positional[Path]
-console = Console()
+# Of the processes that train on several GPUs the first one talks, and the first of each machine says what went wrong.
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def plan(args: Sequence[str]) -> None:
 
 def train(args: Sequence[str]) -> None:
     """Trains a run file's adapter; flags override the file's keys (`veritune train run.toml --train.lr 1e-4`)."""
+    gpus, args = several(args)
     found, flags = run_file(args)
     run = parse(
         config.Run,
@@ -106,8 +109,13 @@ def train(args: Sequence[str]) -> None:
         found,
         prog="veritune train RUN.toml",
         description="Trains the adapter that a run file describes, or goes on with it. RUN.toml holds these settings "
-        "as tables; flags override it. The same command again resumes.",
+        "as tables; flags override it. The same command again resumes. --gpus N trains on N GPUs of this machine "
+        "at once (without a GPU: in N processes); the result is the same to rounding.",
     )
+    if gpus > 1:
+        from .training.launch import launch
+
+        raise SystemExit(launch(gpus, ["train", *args]))
     from .training.trainer import train as run_training
 
     quality = run_training(run, console)
@@ -119,6 +127,22 @@ def train(args: Sequence[str]) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def several(args: Sequence[str]) -> tuple[int, list[str]]:
+    """How many processes `--gpus` asks to start, and the other arguments. Raises ConfigError."""
+    left, count = list(args), 1
+    for at in reversed(range(len(left))):
+        name, _, value = left[at].partition("=")
+        if name == "--gpus":
+            value = value or "".join(left[at + 1 : at + 2])
+            del left[at : at + (1 if "=" in left[at] else 2)]
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(f"--gpus {value}: how many GPUs to train on, 1 or more")
+            count = int(value)
+    if count > 1 and "WORLD_SIZE" in os.environ:
+        raise ConfigError(f"--gpus {count}: torchrun has started processes already; leave one of the two out")
+    return count, left
 
 
 def evaluate(
@@ -321,7 +345,8 @@ def run(argv: Sequence[str]) -> int:
 
 def fail(message: str) -> int:
     """Says what was wrong on standard error."""
-    print(f"veritune: {redact(message)}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"veritune: {redact(message)}", file=sys.stderr)
     return 2
 
 

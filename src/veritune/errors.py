@@ -36,3 +36,10 @@ class CheckpointError(VerituneError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class PeerError(VerituneError, ConnectionError):
+    """Another process of a run on several GPUs is gone."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

@@ -52,7 +52,9 @@ def pick_device(name: str) -> torch.device:
     """The device of a setting. Raises ConfigError if a GPU is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device = 'cuda': no CUDA GPU is visible; use 'cpu' or 'auto'")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())  # each thread has a current device of its own
 
 
 def multiplies_bf16(device: torch.device) -> bool:

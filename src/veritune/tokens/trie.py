@@ -98,6 +98,8 @@ def split(rows: Sequence[np.ndarray], budget: int) -> list[list[int]]:
 
     Row numbers come in trie order, so rows with a common beginning stay together where they can.
     """
+    if not rows:
+        return []
     by_ids = order(rows)
     fresh = [len(rows[by_ids[0]])]
     for a, b in pairwise(by_ids):

@@ -17,7 +17,8 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
     trained = sum(p.numel() for p in state.parameters)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
-        "model": f"{run.model.path}, {state.base.precision} on {state.base.device}",
+        "model": f"{run.model.path}, {state.base.precision} on {state.base.device.type}"
+        + (f", {state.world.size} processes" if state.world.size > 1 else ""),
         "adapter": f"rank {run.lora.rank}, alpha {run.lora.alpha:g}, {trained:,} trained parameters",
         "data": f"{run.data.path}: {len(state.train.labels):,} rows of {state.train.groups.max() + 1:,} questions, "
         f"{state.train.labels.mean():.0%} correct; {len(state.validation.labels):,} validation rows",

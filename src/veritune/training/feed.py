@@ -100,12 +100,13 @@ class Micro:
 
 
 def micro_batches(state: "Training", step: int) -> tuple[int, list[Micro], int]:
-    """A step's rows, encoded and cut into what is computed at once; and how many of them were too long."""
+    """This rank's share of a step's rows, cut into what is computed at once; and how many of all were too long."""
     numbers = state.plan.rows(step)
     rows, cut = state.encoder.rows(
         [state.train.questions[i] for i in numbers], [state.train.solutions[i] for i in numbers]
     )
-    labels = state.train.labels[numbers]
+    share = state.world.share(rows)
+    rows, labels = [rows[i] for i in share], state.train.labels[numbers[share]]
     micros = []
     for part in split(rows, state.budget):
         chosen = [rows[i] for i in part]

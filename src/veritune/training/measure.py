@@ -29,7 +29,7 @@ def validate(state: "Training", stop: Session) -> tuple[dict[str, Any], np.ndarr
     """Figures on the run's validation rows, and P(correct) of each. Raises Stopped when a signal comes."""
     held = state.validation
     p = _scores(state, held, stop)
-    return metrics.measure(held.labels, p, held.groups), p
+    return state.world.from_first(lambda: metrics.measure(held.labels, p, held.groups)), p
 
 
 def probe(state: "Training", phase: Phase, validation: dict[str, Any], stop: Session) -> dict[str, Any]:
@@ -77,19 +77,29 @@ def write_forgetting(state: "Training", folder: Path) -> dict[str, Any]:
 
 
 def _scores(state: "Training", rows: Rows, stop: Session) -> np.ndarray:
-    """P(correct) of rows, float64 [rows]."""
+    """P(correct) of rows, float64 [rows], of which each rank scores a share. Raises Stopped, on all ranks, when a
+    signal came to one; `stop` then knows it."""
     state.model.eval()
     ids, _ = state.encoder.rows(rows.questions, rows.solutions)
-    p = score_ids(
-        state.model, ids, state.encoder.frame.answer_ids, state.base.device, state.budget, state.shared, _watch(stop)
-    )
+    share = state.world.share(ids)
+    mine, answers, device = [ids[i] for i in share], state.encoder.frame.answer_ids, state.base.device
+    try:
+        scores = score_ids(state.model, mine, answers, device, state.budget, state.shared, _watch(stop))
+    except Stopped:
+        scores = None
     load.set_training(state.model, checkpointing=state.run.train.gradient_checkpointing)
+    p = np.empty(len(ids))
+    for numbers, found in state.world.gather((share, scores)):
+        if found is None:
+            stop.agree(True)
+            raise Stopped
+        p[numbers] = found
     return p
 
 
 def _watch(stop: Session) -> Callable[[int], None]:
     def progress(rows: int) -> None:
-        if stop.reason is not None:
+        if stop.asked is not None:
             raise Stopped
 
     return progress

@@ -62,7 +62,7 @@ def differences(path: Path, values: dict[str, Any]) -> tuple[config.Run, dict[st
     try:
         before = json.loads(path.read_bytes())
         earlier = config.build(config.Run, before["settings"], str(path))
-        old, new = _mathematics({**before, "settings": config.as_dict(earlier)}), _mathematics(values)
+        old, new = mathematics({**before, "settings": config.as_dict(earlier)}), mathematics(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
     differing = [key for key in new if old.get(key) != new.get(key)]
@@ -78,7 +78,8 @@ def write_json(path: Path, values: Any) -> None:
     sync_folder(path.parent)
 
 
-def _mathematics(values: dict[str, Any]) -> dict[str, Any]:
+def mathematics(values: dict[str, Any]) -> dict[str, Any]:
+    """What of a run.json decides what is learnt, by key."""
     settings = config.flat(values["settings"])
     return {key: value for key, value in settings.items() if not key.startswith(FREE)} | values["resolved"]
 

@@ -9,8 +9,15 @@ from typing import Any
 class Session:
     """Whether the run should stop at the end of the step it is in."""
 
+    asked: str | None = None
+    """The signal's name, once one came to this process."""
     reason: str | None = None
-    """The signal's name, once one came."""
+    """Why all processes of the run stop, once they have agreed to."""
+
+    def agree(self, wanted: bool) -> None:
+        """After the processes have told each other whether any of them was asked to stop."""
+        if wanted:
+            self.reason = self.asked or "a signal to another process"
 
 
 @contextmanager
@@ -19,9 +26,9 @@ def session() -> Iterator[Session]:
     current = Session()
 
     def ask(number: int, frame: Any) -> None:
-        if current.reason and number == signal.SIGINT:
+        if current.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        current.reason = signal.Signals(number).name
+        current.asked = signal.Signals(number).name
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

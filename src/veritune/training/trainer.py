@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from ..tokens import prompt
 from ..tokens.encode import Encoder, encoder
 from ..track import Tracker
 from ..trackers.follow import check, following
+from . import distributed, runfolder, status
 from . import optimizer as optimizers
 from . import plan as plans
-from . import runfolder, status
 from .checkpoint import Saver, load_latest, publish, settle
 from .display import Display, show_plan
 from .feed import Micro, Rows, Source, ahead, micro_batches, read
@@ -53,6 +53,7 @@ class Training:
     """Recorded passes, for a small model on a GPU."""
     fork: Point | None = None
     """In a cooldown, where it left the main line."""
+    world: distributed.World = distributed.ALONE
 
     @property
     def plan(self) -> plans.Plan:
@@ -90,56 +91,69 @@ def train(
     kinds in `errors`; a stop by signal saves first and raises KeyboardInterrupt.
     """
     folder = Path(run.out)
-    for name in ("adapter", "best"):
-        settle(folder / name)
-    check(run.track)
-    state = prepare(run, console, base)
-    try:
-        quality = work(state, folder, console)
-        if then is not None:
-            then(state)
-    finally:
-        if base is not None:
-            adapter.remove(state.model)
+    with distributed.join(run.model.device) as world:
+        if world.first:
+            for name in ("adapter", "best"):
+                settle(folder / name)
+        check(run.track)
+        state = prepare(run, console, base, world)
+        try:
+            quality = work(state, folder, console)
+            if then is not None:
+                then(state)
+        finally:
+            if base is not None:
+                adapter.remove(state.model)
     return quality
 
 
 def work(state: Training, folder: Path, console: Console) -> dict[str, Any]:
     """The steps of a run that are not done yet."""
-    run = state.run
-    saved = load_latest(folder / "checkpoints", warn=console.out)
+    run, world, resolved = state.run, state.world, decisive(state)
+    # The first process sends the checkpoint itself to the others, so they need not see its folder.
+    saved = world.from_first(lambda: load_latest(folder / "checkpoints", warn=console.out))
     done = saved.step if saved else 0
-    runfolder.start(folder, run, decisive(state), lambda earlier: state.plan.agrees(read(earlier).plan, done))
+
+    def same_so_far(earlier: config.Run) -> bool:
+        return state.plan.agrees(read(earlier).plan, done)
+
+    world.from_first(lambda: runfolder.start(folder, run, resolved, same_so_far))
+    distributed.check_same(world, runfolder.mathematics({"settings": config.as_dict(run), "resolved": resolved}))
+    world.same(state.parameters)
     at = restore(state, saved) if saved else At()
     show_plan(console, state, at.done)
-    tracker = Tracker(folder / "metrics.jsonl", from_step=at.done)
-    saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, warn=console.out)
-    try:
-        if at.best_quality:  # best/ may be missing, or of a step that a killed session had done since
-            save_adapter(state, folder / "best", at.best_step, at.best_quality, state.best)
+    tracker: Any = distributed.Nobody()
+    saver: Any = distributed.Nobody()
+    about, shown = nullcontext(), nullcontext()
+    if world.first:
+        tracker = Tracker(folder / "metrics.jsonl", from_step=at.done)
+        saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, warn=console.out)
         trained = sum(p.numel() for p in state.parameters)
         about = status.running(folder, state.plan, state.base.device, step=at.done, parameters=trained)
         shown = following(run, folder, console.out)
+    try:
+        if at.best_quality:  # best/ may be missing, or of a step that a killed session had done since
+            save_adapter(state, folder / "best", at.best_step, at.best_quality, state.best)
         with about, shown, session() as stop, Display(console, state, at.done) as display:
             after_step(state, at, folder, tracker, saver, display, stop)
             for step, micros, cut in ahead(state, at.done):
                 begin(state, state.plan.begins(step))
                 started = time.perf_counter()
-                loss, norm = one_step(state, step, micros)
+                loss, norm = one_step(state, step, micros, stop)
                 seconds = time.perf_counter() - started
                 at.done, at.truncated = step + 1, at.truncated + cut
-                rows = sum(len(micro.labels) for micro in micros)
+                rows = len(state.plan.rows(step))
                 tracker.log(at.done, loss=loss, lr=state.plan.lr(step), grad_norm=norm, rows=rows, seconds=seconds)
                 display.step(at.done, loss, rows, seconds)
                 after_step(state, at, folder, tracker, saver, display, stop)
     finally:
         saver.close()
         tracker.close()
-    return finish(state, at, folder)
+    return world.from_first(lambda: finish(state, at, folder))
 
 
 def after_step(
-    state: Training, at: At, folder: Path, tracker: Tracker, saver: Saver, display: Display, stop: Session
+    state: Training, at: At, folder: Path, tracker: Any, saver: Any, display: Display, stop: Session
 ) -> None:
     """What is due after a step, or again after a resume: validation, a checkpoint, the stop that a signal asked for.
 
@@ -156,12 +170,13 @@ def after_step(
         save_checkpoint(state, saver, at)
     if stopping:
         saver.wait()
+        state.world.wait()  # a process that ended earlier would be taken for a failure
         display.say(f"stopped by {stop.reason} after step {at.done:,}; the same command goes on from there")
         raise KeyboardInterrupt
 
 
 def measure(
-    state: Training, at: At, ended: plans.Phase | None, folder: Path, tracker: Tracker, display: Display, stop: Session
+    state: Training, at: At, ended: plans.Phase | None, folder: Path, tracker: Any, display: Display, stop: Session
 ) -> None:
     """Validates; at the end of a phase, the probes of every slice too. Raises Stopped, with nothing kept of it."""
     quality, p = validate(state, stop)
@@ -169,12 +184,13 @@ def measure(
     at.validated, at.quality = at.done, quality
     tracker.log(at.done, validation=quality, **({"probes": probes} if probes else {}))
     display.validation(at.done, quality)
-    if probes:
+    if probes and state.world.first:
         display.probes(probes, write_forgetting(state, folder))
     if ended and ended.kind == "cooldown":
         save_adapter(state, folder / "cooldowns" / f"step-{at.done:08d}", at.done, quality)
     better = quality["log_loss"] < at.best
-    status.keep_scores(folder, at.done, state.validation.ids, state.validation.labels, p, best=better)
+    if state.world.first:
+        status.keep_scores(folder, at.done, state.validation.ids, state.validation.labels, p, best=better)
     if better:
         at.best, at.best_step, at.best_quality = quality["log_loss"], at.done, quality
         state.best = copies(adapter.weights(state.model))
@@ -191,7 +207,9 @@ def finish(state: Training, at: At, folder: Path) -> dict[str, Any]:
     return quality
 
 
-def prepare(run: config.Run, console: Console, base: load.Base | None = None) -> Training:
+def prepare(
+    run: config.Run, console: Console, base: load.Base | None = None, world: distributed.World = distributed.ALONE
+) -> Training:
     """Reads the data and makes the plan, loads weights and adapter, and checks them against each other."""
     source = read(run)
     with console.status("loading the model"):
@@ -216,6 +234,7 @@ def prepare(run: config.Run, console: Console, base: load.Base | None = None) ->
         shared=reason is None,
         budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
         about=adapter.About(words, base.path, base.precision, source.fingerprint),
+        world=world,
     )
     if run.train.compile and base.device.type == "cuda" and state.shared:
         with console.status("compiling the layers"):
@@ -227,7 +246,7 @@ def prepare(run: config.Run, console: Console, base: load.Base | None = None) ->
 
 def speed_up(state: Training, console: Console) -> None:
     """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
-    _, (micro, *_), _ = micro_batches(state, 0)
+    _, (micro, *_), _ = micro_batches(replace(state, world=distributed.ALONE), 0)
     assert micro.trie is not None, "only rows that share a beginning get here"
     problem = compile_layers(state.model, lambda: micro_loss(state, micro))
     slower = "layers are not compiled"
@@ -249,22 +268,26 @@ def decisive(state: Training) -> dict[str, Any]:
         device = state.base.device.type
         compiled = state.run.train.compile and device == "cuda"
         found |= {"train.micro_batch_tokens": state.budget, "model.device": device, "train.compile": compiled}
+        found["processes"] = state.world.size
     return found
 
 
-def one_step(state: Training, step: int, micros: list[Micro]) -> tuple[float, float]:
-    """One optimiser step over all its micro-batches. Returns the mean loss and the gradient's norm before clipping.
+def one_step(state: Training, step: int, micros: list[Micro], stop: Session) -> tuple[float, float]:
+    """One optimiser step over all its micro-batches, and those of all ranks. Returns the mean loss and the gradient's
+    norm before clipping; `stop` then knows what all agreed on.
 
-    Raises NonFiniteError before anything is changed.
+    Raises NonFiniteError, on all ranks, before anything is changed.
     """
-    # Dropout is a function of the step, not of history.
-    torch.manual_seed(state.run.train.seed * 1_000_003 + state.plan.number(step))
-    size = sum(len(micro.labels) for micro in micros)
+    # Dropout is a function of the step and the rank, not of history.
+    torch.manual_seed(state.run.train.seed * 1_000_003 + state.plan.number(step) + (state.world.rank << 48))
+    size = len(state.plan.rows(step))
     total: float | Tensor = 0.0
     for micro in micros:
         total = total + backward(state, micro, size)
+    summed = state.world.reduce(state.parameters, total, float(stop.asked is not None))
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, state.run.train.max_grad_norm)
-    loss_value, norm_value = torch.stack([torch.as_tensor(total, device=norm.device), norm]).tolist()
+    loss_value, asked, norm_value = torch.cat([summed, norm.reshape(1)]).tolist()
+    stop.agree(asked > 0)
     if norm_value == 0 and loss_value > 0:  # a loss of exactly 0 has nothing left to teach
         raise NonFiniteError(f"step {step + 1:,}: the gradient is exactly zero, so nothing would be learnt")
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -312,6 +335,8 @@ def save_adapter(
 
     Raises NonFiniteError and CheckpointError.
     """
+    if not state.world.first:
+        return
     card = runfolder.card(state.run, state.base.path, state.about.data, step, quality)
     files = adapter.files(state.model, state.about, card)
     publish(folder, files | ({"adapter_model.safetensors": weights} if weights else {}))
