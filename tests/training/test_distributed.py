@@ -3,6 +3,7 @@ what is learnt, and that all stop together, whoever was asked to or has died."""
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import checkpoints, copied_until, losses, metrics, prepared, settings
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from veritune import cli, config
 from veritune.data.generate import generate
@@ -259,12 +261,14 @@ def test_two_processes_learn_what_one_does(alone: config.Run, two: Path) -> None
 
 
 def test_four_processes_learn_what_one_does(alone: config.Run) -> None:
+    """Started by torchrun's own functions, as forks of one process that has imported everything: four times cheaper."""
     out = Path(alone.out).with_name("four")
-    done = veritune(*command(alone, out), "--gpus", "4")
-    said = done.communicate(timeout=120)
-    assert done.returncode == 0, said
-    assert said[0].count("done: ") == 1
-    assert "4 processes" in " ".join(said[0].split())
+    multiprocessing.set_forkserver_preload(["veritune.training.trainer"])
+    settings = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=4, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id="four", max_restarts=0, monitor_interval=0.05, start_method="forkserver",
+    )  # fmt: skip
+    assert elastic_launch(settings, cli.run)(command(alone, out)) == dict.fromkeys(range(4), 0)
     assert_equal_to_rounding(out, Path(alone.out))
 
 
