@@ -32,6 +32,7 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
   veritune submit ADAPTER TEST --out F  a competition's submission file
   veritune runs [FOLDER]                the runs under a folder: state, step, loss, best, time left
   veritune watch RUN                    one run, followed in the terminal
+  veritune report RUN... --out F.html   a run, or several compared, as one page
   veritune schema                       the keys of a run file as a JSON schema, for editors
 
 `veritune VERB --help` explains a verb and all its settings.
@@ -261,6 +262,25 @@ def watch(run: Path_) -> None:
     follow(run, console)
 
 
+def report(
+    runs: tyro.conf.Positional[list[Path]], out: Path, data: Path | None = None, price: float | None = None
+) -> None:
+    """Writes a report as one HTML file that loads nothing: what was run, how it went, what it is wrong about.
+
+    Args:
+        runs: Run folders: one, or several to compare.
+        out: The file to write.
+        data: The prepared folder, if it is no longer where the run says.
+        price: What an hour of the machine costs, for the cost.
+    """
+    from .report.page import report as write
+
+    write(runs, out, data=data, price=price)
+    console.print(
+        f"written to {out} ({out.stat().st_size / 1000:,.0f} kB)", highlight=False, markup=False, soft_wrap=True
+    )
+
+
 def init(file: tyro.conf.Positional[Path] = Path("run.toml")) -> None:
     """Writes a run file to start from: every key with its meaning and default, commented out.
 
@@ -303,6 +323,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "submit": submit,
     "runs": runs,
     "watch": watch,
+    "report": report,
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from veritune import config
 from veritune.errors import DataError, MissingError
 from veritune.report import folder
+from veritune.report.words import duration
 from veritune.track import Tracker
 from veritune.training import plan, runfolder, status
 
@@ -175,4 +176,4 @@ def test_smoothing_starts_at_the_first_value_and_passes_over_nan() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (120, "2 min"), (7200, "2.0 h"), (3 * 86400, "3.0 days")])
 def test_durations(seconds: float, text: str) -> None:
-    assert folder.duration(seconds) == text
+    assert duration(seconds) == text

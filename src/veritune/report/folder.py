@@ -197,14 +197,3 @@ def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
             average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
         out.append(average / weight if weight else float("nan"))
     return out
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h`, `2.1 days`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 36 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"

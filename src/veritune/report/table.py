@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..errors import VerituneError
 from . import folder
+from .words import duration, number
 
 COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "yellow", "stopped": "yellow"}
 
@@ -61,12 +62,12 @@ def loss(run: folder.RunFolder) -> str:
 def best(run: folder.RunFolder) -> list[str]:
     """Log loss, AUROC and accuracy of the best validation."""
     entry = run.metrics.best
-    return [f"{entry[key]:.3f}" for key in ("log_loss", "auroc", "accuracy")] if entry else ["-"] * 3
+    return [number(entry[key]) for key in ("log_loss", "auroc", "accuracy")] if entry else ["-"] * 3
 
 
 def when(run: folder.RunFolder, state: str) -> str:
     """The time left of a run that goes on; how long ago another one ended."""
     if state != "running":
-        return f"{folder.duration(time.time() - run.seen())} ago"
+        return f"{duration(time.time() - run.seen())} ago"
     left = run.seconds_left()
-    return f"{folder.duration(left)} left" if left is not None else ""
+    return f"{duration(left)} left" if left is not None else ""

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from . import folder, table
 from .braille import curve
+from .words import between, number
 
 PAUSE = 2.0
 """Seconds between two looks."""
@@ -82,9 +83,9 @@ def line(run: folder.RunFolder, state: str) -> str:
 
 def validation_line(entry: dict[str, Any]) -> str:
     """The figures of a validation, in a line."""
-    interval = entry.get("accuracy_interval")
-    between = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    return f"accuracy {entry['accuracy']:.3f}{between}  AUROC {entry['auroc']:.3f}  log loss {entry['log_loss']:.3f}"
+    interval = between(entry.get("accuracy_interval"))
+    accuracy = number(entry["accuracy"]) + (f" ({interval})" if interval else "")
+    return f"accuracy {accuracy}  AUROC {number(entry['auroc'])}  log loss {number(entry['log_loss'])}"
 
 
 def picture(run: folder.RunFolder, width: int, height: int) -> Group:
@@ -111,7 +112,8 @@ def picture(run: folder.RunFolder, width: int, height: int) -> Group:
     losses = folder.smooth(run.metrics.steps["loss"], 0.9)
     curves = [("loss (smoothed)", losses), ("learning rate", run.metrics.steps["lr"])]
     if len(run.metrics.validations) > 1:
-        curves.append(("validation log loss", [entry["log_loss"] for entry in run.metrics.validations]))
+        found = [entry["log_loss"] for entry in run.metrics.validations]
+        curves.append(("validation log loss", [float("nan") if value is None else value for value in found]))
     space = height - 3 - len(lines) - 2 - len(curves)
     each = max(2, space // len(curves))
     parts = []

@@ -1,0 +1,59 @@
+"""`veritune report`: one HTML file that holds all it shows, from the run folders' files alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from .. import __version__
+from ..errors import ConfigError
+from . import folder, quality, run, scored
+from .blocks import Page
+from .words import visible
+
+HERE = Path(__file__).parent
+
+
+def report(paths: Sequence[Path], out: Path, *, data: Path | None = None, price: float | None = None) -> None:
+    """Writes the report on a run, whole or not at all.
+
+    data: the prepared folder, if it is no longer where the run says; price: of an hour, in any currency. Raises what
+    `folder.read` raises, and ConfigError for a place that is a folder.
+    """
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: this is a folder; name a file, such as {out / 'report.html'}")
+    text = render(one(paths[0], data, price))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(out)
+
+
+def one(path: Path, data: Path | None, price: float | None) -> Page:
+    """The report on one run."""
+    of = folder.read(path)
+    sections = [
+        run.head(of),
+        run.what(of, data),
+        run.training(of),
+        run.validation(of),
+        run.forgetting(of),
+        *quality.sections(scored.load(of, data)),
+        run.cost(of, price),
+        run.reproduce(of, data),
+    ]
+    title = path.resolve().name
+    return Page(title, f"{path} · {of.state()[0]} · {run.now()}", [part for part in sections if part])
+
+
+def render(page: Page) -> str:
+    """A page as HTML. Every text on it is escaped, and its control characters made visible."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template("page.html").render(page=page, style=style, version=__version__)
