@@ -83,10 +83,13 @@ class Part:
     """The share that is correct."""
     figures: dict[str, float]
     low_high: dict[str, tuple[float, float] | None]
+    """95 % intervals by the figure's name."""
 
 
-def by_column(frame: pl.DataFrame, labels: Bools, p: Floats, groups: Ints) -> dict[str, list[Part]]:
-    """Figures by each column that tells rows apart, and by the solution's length."""
+def by_column(
+    frame: pl.DataFrame, labels: Bools, p: Floats, groups: Ints, *, resamples: int = RESAMPLES
+) -> dict[str, list[Part]]:
+    """Figures by each column that tells rows apart, and by the solution's length; no intervals if `resamples` is 0."""
     known = {"id", "qid", "question", "solution", "is_correct", "p_correct", "step", "answer", "gold", "first_error"}
     out = {}
     for name in frame.columns:
@@ -97,23 +100,23 @@ def by_column(frame: pl.DataFrame, labels: Bools, p: Floats, groups: Ints) -> di
         order = sorted(counts, key=lambda value: (-counts[value], value))
         if len(order) < 2 or counts[order[0]] < max(2, len(values) / 100):  # all alike, or all different
             continue
-        out[name] = [part(value, values == value, labels, p, groups) for value in order[:MOST_VALUES]]
+        out[name] = [part(value, values == value, labels, p, groups, resamples) for value in order[:MOST_VALUES]]
         if others := order[MOST_VALUES:]:
-            out[name].append(part(f"({len(others):,} others)", np.isin(values, others), labels, p, groups))
+            out[name].append(part(f"({len(others):,} others)", np.isin(values, others), labels, p, groups, resamples))
     if "solution" in frame.columns:
         length = frame["solution"].str.len_chars().to_numpy()
         cuts = np.unique(np.quantile(length, [0, 0.2, 0.4, 0.6, 0.8, 1]).round().astype(int))
         if len(cuts) > 2:
             place = np.searchsorted(cuts[1:-1], length, side="right")
             out["length of the solution"] = [
-                part(f"{cuts[i]:,} to {cuts[i + 1]:,} letters", place == i, labels, p, groups)
+                part(f"{cuts[i]:,} to {cuts[i + 1]:,} letters", place == i, labels, p, groups, resamples)
                 for i in range(len(cuts) - 1)
                 if (place == i).any()
             ]
     return out
 
 
-def part(name: str, chosen: Bools, labels: Bools, p: Floats, groups: Ints) -> Part:
+def part(name: str, chosen: Bools, labels: Bools, p: Floats, groups: Ints, resamples: int) -> Part:
     """The figures of some rows."""
     own = group_ids(groups[chosen].tolist())
     return Part(
@@ -122,7 +125,7 @@ def part(name: str, chosen: Bools, labels: Bools, p: Floats, groups: Ints) -> Pa
         int(own.max()) + 1,
         float(labels[chosen].mean()),
         point(labels[chosen], p[chosen]),
-        intervals(labels[chosen], p[chosen], own, resamples=RESAMPLES),
+        intervals(labels[chosen], p[chosen], own, resamples=resamples) if resamples else {},
     )
 
 

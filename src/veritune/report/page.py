@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..errors import ConfigError
-from . import folder, quality, run, scored
+from . import compare, folder, quality, run, scored
 from .blocks import Page
 from .words import visible
 
@@ -16,14 +16,14 @@ HERE = Path(__file__).parent
 
 
 def report(paths: Sequence[Path], out: Path, *, data: Path | None = None, price: float | None = None) -> None:
-    """Writes the report on a run, whole or not at all.
+    """Writes the report on a run, or on several compared, whole or not at all.
 
     data: the prepared folder, if it is no longer where the run says; price: of an hour, in any currency. Raises what
     `folder.read` raises, and ConfigError for a place that is a folder.
     """
     if out.is_dir():
         raise ConfigError(f"--out {out}: this is a folder; name a file, such as {out / 'report.html'}")
-    text = render(one(paths[0], data, price))
+    text = render(one(paths[0], data, price) if len(paths) == 1 else several(paths, data, price))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.tmp")
     partial.write_text(text, encoding="utf-8")
@@ -45,6 +45,13 @@ def one(path: Path, data: Path | None, price: float | None) -> Page:
     ]
     title = path.resolve().name
     return Page(title, f"{path} · {of.state()[0]} · {run.now()}", [part for part in sections if part])
+
+
+def several(paths: Sequence[Path], data: Path | None, price: float | None) -> Page:
+    """The report that compares runs with the first of them."""
+    runs = [folder.read(path) for path in paths]
+    sections = compare.sections(runs, data, price)
+    return Page(f"{len(runs)} runs", f"compared with {paths[0]} · {run.now()}", [part for part in sections if part])
 
 
 def render(page: Page) -> str:

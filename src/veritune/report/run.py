@@ -16,7 +16,7 @@ from .folder import RunFolder, smooth
 from .svg import Series, heat, plot
 from .words import between, duration, number
 
-GOAL_NOTE = "Bands and intervals are 95 %, from a bootstrap over questions."
+INTERVALS = "Bands and intervals are 95 %, from a bootstrap over questions."
 
 
 def head(run: RunFolder) -> Section:
@@ -150,7 +150,7 @@ def validation(run: RunFolder) -> Section:
     ]
     names = ("step", "accuracy", "AUROC", "balanced", "F1", "Brier", "log loss")
     blocks.append(Table(rows, names, details=f"All {len(rows):,} validations" if len(rows) > 3 else ""))
-    return Section("validation", "Validation", blocks, GOAL_NOTE)
+    return Section("validation", "Validation", blocks, INTERVALS)
 
 
 def over_steps(entries: list[dict[str, Any]], key: str, colour: int, name: str = "") -> Series:
@@ -164,33 +164,44 @@ def over_steps(entries: list[dict[str, Any]], key: str, colour: int, name: str =
     return Series([e["step"] for e in entries], y, colour, name, "both", values(0), values(1))
 
 
-def forgetting(run: RunFolder) -> Section | None:
-    """The forgetting matrix, for a run with phases; see docs/phases.md."""
+FORGETTING = {
+    "average_forgetting": "average forgetting (less is better)",
+    "backward_transfer": "backward transfer (negative is forgetting)",
+}
+PROBES = {"trained": "Rows it trained on", "held_out": "Held-out questions of their kind"}
+
+
+def forgotten(run: RunFolder) -> dict[str, Any] | None:
+    """What forgetting.json holds (see docs/phases.md), for a run with phases; empty where it cannot be read."""
     try:
         found = json.loads((run.path / "forgetting.json").read_text(encoding="utf-8"))
-        slices, phases = [x["name"] for x in found["slices"]], [x["name"] for x in found["phases"]]
-        blocks: list[Any] = []
-        for probe, title in (("trained", "Rows it trained on"), ("held_out", "Held-out questions of their kind")):
-            values = [[float("nan") if v is None else v for v in row] for row in found["accuracy"][probe]]
-            known = [v for row in values for v in row if v == v] or [0.0]
-            drawn = heat(values, phases, slices, low=min(known), high=max(known))
-            blocks.append(Chart(f"{title}: accuracy after each phase (down) on each slice (across)", drawn))
-        blocks.append(
-            Table(
-                [
-                    (name, *(number(found[key][probe]) for probe in ("trained", "held_out")))
-                    for key, name in (
-                        ("average_forgetting", "average forgetting (less is better)"),
-                        ("backward_transfer", "backward transfer (negative is forgetting)"),
-                    )
-                ],
-                ("", "rows trained on", "held-out questions"),
-            )
-        )
+        names = [[str(x["name"]) for x in found[part]] for part in ("slices", "phases")]
+        for probe in PROBES:
+            if [len(row) for row in found["accuracy"][probe]] != [len(names[0])] * len(names[1]):
+                raise ValueError("a matrix of another size")
+        return found if all(probe in found[key] for key in FORGETTING for probe in PROBES) else {}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        blocks = [Text("forgetting.json cannot be read.", warning=True)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def forgetting(run: RunFolder) -> Section | None:
+    """The forgetting matrix of a run with phases."""
+    found = forgotten(run)
+    if found is None:
+        return None
+    if not found:
+        return Section("forgetting", "What was forgotten", [Text("forgetting.json cannot be read.", warning=True)])
+    slices, phases = ([x["name"] for x in found[part]] for part in ("slices", "phases"))
+    blocks: list[Any] = []
+    for probe, title in PROBES.items():
+        values = [[float("nan") if v is None else v for v in row] for row in found["accuracy"][probe]]
+        known = [v for row in values for v in row if v == v] or [0.0]
+        drawn = heat(values, phases, slices, low=min(known), high=max(known))
+        blocks.append(Chart(f"{title}: accuracy after each phase (down) on each slice (across)", drawn))
+    rows = [(name, *(number(found[key][probe]) for probe in PROBES)) for key, name in FORGETTING.items()]
+    blocks.append(Table(rows, ("", "rows trained on", "held-out questions")))
     return Section("forgetting", "What was forgotten", blocks)
 
 

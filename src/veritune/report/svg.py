@@ -170,7 +170,7 @@ def intervals(
     number: int = 1,
 ) -> Markup:
     """A line for each (name, value, interval): the value as a point on its interval. rule: an upright line."""
-    names = [name if len(name) <= 24 else name[:23] + "…" for name, *_ in rows]
+    names = [shortened(name, 24) for name, *_ in rows]
     left = 14 + LETTER * max((len(name) for name in names), default=1)
     height = 44 + 24 * len(rows)
     ends = [v for _, value, low_high in rows for v in (value, *(low_high or ()))]
@@ -196,7 +196,7 @@ def heat(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, low: float, high: float
 ) -> Markup:
     """A table of values in [low, high] as cells, the darker the higher; the names of rows and columns beside them."""
-    short = [[name if len(name) <= 16 else name[:15] + "…" for name in part] for part in (rows, columns)]
+    short = [[shortened(name, most) for name in part] for part, most in ((rows, 24), (columns, 16))]
     left = 14 + LETTER * max((len(name) for name in short[0]), default=1)
     wide = max(44.0, (WIDTH - left - 6) / max(len(columns), 1))
     turned = wide < LETTER * max((len(name) for name in short[1]), default=1) + 6
@@ -227,6 +227,11 @@ def heat(
                 f'<text class="value" x="{x + wide / 2:.1f}" y="{y + 21:.1f}" text-anchor="middle">{shown}</text>'
             )
     return frame(parts, width, height)
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many letters: of a longer one the middle is left out, since ends tell names apart."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
 def text(value: str) -> Markup:
