@@ -32,7 +32,7 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
   veritune submit ADAPTER TEST --out F  a competition's submission file
   veritune runs [FOLDER]                the runs under a folder: state, step, loss, best, time left
   veritune watch RUN                    one run, followed in the terminal
-  veritune report RUN... --out F.html   a run, or several compared, as one page
+  veritune report RUN... --out F.html   a run, several compared, or a sweep, as one page
   veritune schema                       the keys of a run file as a JSON schema, for editors
 
 `veritune VERB --help` explains a verb and all its settings.
@@ -268,7 +268,7 @@ def report(
     """Writes a report as one HTML file that loads nothing: what was run, how it went, what it is wrong about.
 
     Args:
-        runs: Run folders: one, or several to compare.
+        runs: Run folders (one, or several to compare), or one sweep's folder.
         out: The file to write.
         data: The prepared folder, if it is no longer where the run says.
         price: What an hour of the machine costs, for the cost.

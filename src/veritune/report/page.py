@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..errors import ConfigError
-from . import compare, folder, quality, run, scored
+from . import compare, folder, quality, run, scored, sweep, trials
 from .blocks import Page
 from .words import visible
 
@@ -16,18 +16,34 @@ HERE = Path(__file__).parent
 
 
 def report(paths: Sequence[Path], out: Path, *, data: Path | None = None, price: float | None = None) -> None:
-    """Writes the report on a run, or on several compared, whole or not at all.
+    """Writes the report on a run, on several compared, or on a sweep, whole or not at all.
 
     data: the prepared folder, if it is no longer where the run says; price: of an hour, in any currency. Raises what
-    `folder.read` raises, and ConfigError for a place that is a folder.
+    `folder.read` and `trials.read` raise, and ConfigError for a place that is a folder or a sweep among runs.
     """
     if out.is_dir():
         raise ConfigError(f"--out {out}: this is a folder; name a file, such as {out / 'report.html'}")
-    text = render(one(paths[0], data, price) if len(paths) == 1 else several(paths, data, price))
+    text = render(page(paths, data, price))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.tmp")
     partial.write_text(text, encoding="utf-8")
     partial.replace(out)
+
+
+def page(paths: Sequence[Path], data: Path | None, price: float | None) -> Page:
+    """The page on what the paths are: a sweep, a run, or several runs."""
+    if any(trials.is_sweep(path) for path in paths):
+        if len(paths) > 1:
+            raise ConfigError("a report is on one sweep, or on runs: name the sweep's folder alone")
+        return swept(paths[0], price)
+    return one(paths[0], data, price) if len(paths) == 1 else several(paths, data, price)
+
+
+def swept(path: Path, price: float | None) -> Page:
+    """The report on a sweep."""
+    of = trials.read(path)
+    sections = sweep.sections(of, price)
+    return Page(path.resolve().name, f"{path} · a sweep · {run.now()}", [part for part in sections if part])
 
 
 def one(path: Path, data: Path | None, price: float | None) -> Page:

@@ -41,6 +41,8 @@ def span(values: Sequence[float], *, log: bool = False, pad: float = 0.05) -> tu
 
 def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[float]:
     """Round values within a range: steps of 1, 2 or 5 times a power of ten; on a log axis powers of ten."""
+    if high <= low:
+        return [low]
     if log:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         if last - first >= 2:

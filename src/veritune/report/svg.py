@@ -13,6 +13,7 @@ from .scale import Scale, label, span, thin, ticks
 from .words import visible
 
 WIDTH, HEIGHT = 460, 270
+WIDE = (960, 320)
 LETTER = 7.0
 """Width of a letter of the charts' font, about."""
 COLOURS = 8
@@ -50,16 +51,18 @@ def plot(
     shades: Sequence[tuple[float, float, str]] = (),
     marks: Sequence[tuple[float, str]] = (),
     diagonal: bool = False,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Markup:
     """Series over one pair of axes. shades: stretches of x with a name, every second one shaded; marks: upright lines
-    with a name; diagonal: the line y = x."""
+    with a name; diagonal: the line y = x; size: width and
+    height, WIDE for a chart as wide as the page."""
     all_y = [v for s in series for part in (s.y, s.low or (), s.high or ()) for v in part]
     x_low, x_high = x_range or span([v for s in series for v in s.x], log=log_x, pad=0.02)
     y_low, y_high = y_range or span(all_y, log=log_y)
     y_ticks = ticks(y_low, y_high, log=log_y, most=5)
     left = 12 + LETTER * max((len(label(v)) for v in y_ticks), default=1)
-    x = Scale(x_low, x_high, left, WIDTH - 14, log_x)
-    y = Scale(y_low, y_high, HEIGHT - 38, 20 if shades or marks else 10, log_y)
+    x = Scale(x_low, x_high, left, size[0] - 14, log_x)
+    y = Scale(y_low, y_high, size[1] - 38, 20 if shades or marks else 10, log_y)
     parts = [shade(x, y, start, stop, name, i) for i, (start, stop, name) in enumerate(shades)]
     parts += axes(x, y, ticks(x_low, x_high, log=log_x), y_ticks, x_label)
     if diagonal:
@@ -67,12 +70,12 @@ def plot(
         parts.append(f'<path class="rule" d="M{x(low):.1f} {y(low):.1f}L{x(high):.1f} {y(high):.1f}"/>')
     for at, name in marks:
         parts.append(f'<path class="rule" d="M{x(at):.1f} {y.start:.1f}V{y.stop:.1f}"/>')
-        anchor = "end" if x(at) > WIDTH * 0.6 else "start"
+        anchor = "end" if x(at) > size[0] * 0.6 else "start"
         shift = -4 if anchor == "end" else 4
         parts.append(f'<text x="{x(at) + shift:.1f}" y="{y.stop - 4:.1f}" text-anchor="{anchor}">{text(name)}</text>')
     for one in series:
         parts += drawn(one, x, y)
-    return frame(parts, WIDTH, HEIGHT)
+    return frame(parts, *size)
 
 
 def drawn(one: Series, x: Scale, y: Scale) -> list[str]:
