@@ -18,7 +18,7 @@ from ..suggest import distance
 from ..training.feed import Source
 from . import folder
 from .braille import curve
-from .folder import duration
+from .words import duration
 
 SCORING = 0.4
 """Of the time that training on a row takes, what scoring one takes: 0.33 (float32) and 0.42 (bf16) were measured on
