@@ -163,13 +163,13 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
             torch.nn.init.normal_(p, std=0.01)
     stepper = optimizer.make(parameters, config.Train())
     shape = Shape.of(base.model.config.to_dict())
-    layers = load.layers(model)
+    depth = len(load.layers(model))
 
     def forward(trie: Trie) -> torch.Tensor:
         labels = torch.arange(len(trie.ends), device=device) % 2 == 0
         return label_loss(label_logits(model, trie, device), labels, (7, 11)) / len(trie.ends)
 
-    load.set_training(model, checkpointing=False)
+    load.set_training(model)
     forward(batch(Point(512, 64), shape.vocabulary)).backward()
     stepper.step()  # gradients stay: in all micro-batches of a step but the first they are there
     compiling = time.perf_counter()
@@ -184,8 +184,8 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
         if time.perf_counter() > until:
             left.append(point)
             continue
-        trie, recomputed = batch(point, shape.vocabulary), round(point.recomputed * len(layers))
-        recompute(model, layers, recomputed)
+        trie, recomputed = batch(point, shape.vocabulary), round(point.recomputed * depth)
+        load.set_training(model, recomputed=recomputed)
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
@@ -207,7 +207,7 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
         foretold = memory.peak(shape, job, size, recomputed)
         peak = torch.cuda.max_memory_allocated()
         done.append({
-            "group": group.name, "layers": len(layers), **vars(point), **vars(size), "recomputed_layers": recomputed,
+            "group": group.name, "layers": depth, **vars(point), **vars(size), "recomputed_layers": recomputed,
             "measured": peak, "foretold": round(foretold.total), "error": foretold.total / peak - 1,
             "reserved": torch.cuda.max_memory_reserved(), "outside": total - free - torch.cuda.memory_reserved(),
             "weights": weights, "foretold_weights": round(foretold.weights), "before": before,
@@ -218,13 +218,6 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
         })  # fmt: skip
         show(done[-1])
     return done, left
-
-
-def recompute(model: Any, layers: list[Any], first: int) -> None:
-    """The first layers compute their activations again in the backward pass."""
-    load.set_training(model, checkpointing=first > 0)
-    for number, layer in enumerate(layers):
-        layer.training = number < first
 
 
 def show(it: dict[str, Any]) -> None:

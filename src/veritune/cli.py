@@ -84,7 +84,7 @@ def run_file(args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
 
 def plan(args: Sequence[str]) -> None:
     """Prints what a run would do; flags as for `train`, and those of `planned.options`."""
-    from .report import planned
+    from .report import foreseen, planned
     from .training import feed
 
     found, flags = run_file(args)
@@ -97,7 +97,10 @@ def plan(args: Sequence[str]) -> None:
         description=f"Prints what a run would do, without weights. {planned.OPTIONS} Those below override RUN.toml.",
     )
     source = feed.read(run)
-    planned.show_plan(run, source, console, told, planned.speed(told, run))
+    memory = foreseen.look(run, source, told.gpu, told.gpu_memory)
+    expected = memory.rows_per_second if isinstance(memory, foreseen.Foreseen) else None
+    planned.show_plan(run, source, console, told, planned.speed(told, run, expected))
+    foreseen.show(memory, console)
 
 
 def train(args: Sequence[str]) -> None:

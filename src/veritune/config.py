@@ -114,11 +114,15 @@ class Train:
     independently. More share more tokens, so a step is cheaper, and a right beside a wrong solution teaches more."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is shown."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more work."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute layers' activations again in the backward pass: less memory, up to half more work. auto: as few layers as
+    the GPU's memory asks for, none on a CPU; on: all; off: none."""
     micro_batch_tokens: Annotated[int | None, Field(ge=64)] = None
-    """Tokens computed at once; memory grows with it, the result does not depend on it. Default: 16384 on a GPU,
-    2048 on a CPU."""
+    """Tokens computed at once; memory grows with it, the result does not depend on it. Default: what is fastest in the
+    GPU's memory, at most 16384; 2048 on a CPU."""
+    memory_gib: Annotated[float | None, Field(ge=1)] = None
+    """GPU memory that the run may take, GiB, what CUDA itself takes included; it is held to that. Default: what is free
+    when it starts."""
     compile: bool = True
     """On a GPU, compile each layer and, for small models, record passes as CUDA graphs: about a minute at the start,
     then much faster. The result differs by rounding."""

@@ -31,6 +31,10 @@ class NonFiniteError(VerituneError, FloatingPointError):
     """A loss, a gradient or a weight is NaN or infinite."""
 
 
+class RoomError(VerituneError, MemoryError):
+    """Memory does not suffice."""
+
+
 class CheckpointError(VerituneError, OSError):
     """No whole checkpoint could be written or read."""
 

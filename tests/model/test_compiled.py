@@ -24,7 +24,7 @@ def model() -> Any:
     for name, p in made.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
-    load.set_training(made, checkpointing=False)
+    load.set_training(made)
     return made
 
 
@@ -53,6 +53,36 @@ def test_compiled_once_for_every_number_of_tokens() -> None:
         assert float((gradient(made, size) - expected).norm() / expected.norm()) <= 1e-5
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_layers_recompute_from_outside_without_further_graphs(backend: str) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    made = model()
+    plain = gradient(made, 1)
+    for layer in load.layers(made):
+        layer.compile(dynamic=True, backend=backend)
+    gradient(made, 2)
+    graphs = counters["stats"]["unique_graphs"]
+    kept = []
+    for recomputed in (0, 1, 3):
+        load.set_training(made, recomputed=recomputed)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_of(made, 1)
+        kept.append(sum(saved.values()))
+        loss.backward()
+        made.zero_grad(set_to_none=True)
+        assert torch.allclose(gradient(made, 1), plain, rtol=1e-5, atol=1e-8)
+    assert kept[0] > kept[1] > kept[2]
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("wrong", ["without gradients", "halved", "broken"])

@@ -68,7 +68,7 @@ def test_flash_paths_and_compiled_layers_learn_what_stock_learns(heads, key_head
     assert load.check_paths(base, 2048) is None
     model = adapter.add_adapter(base, config.Lora(rank=8, alpha=16), seed=0)
     randomise(model)
-    load.set_training(model, checkpointing=False)
+    load.set_training(model)
     if compiled:
         trie = build(given)
         assert compile_layers(model, lambda: label_loss(label_logits(model, trie, device), labels, ANSWERS)) is None

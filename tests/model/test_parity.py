@@ -76,12 +76,12 @@ def random_adapter(model: Any, seed: int = 5) -> None:
             value.data = (torch.randn(value.shape, generator=generator) * 0.05).to(value)
 
 
-def ours_of(base_model: Any, family: str, *, precision: str = "fp32", checkpointing: bool = False) -> Any:
+def ours_of(base_model: Any, family: str, *, precision: str = "fp32", recomputed: int = 0) -> Any:
     base = load.Base(base_model, None, torch.device("cpu"), precision, family)
     assert load.check_paths(base, LONGEST) is None
     model = adapter.add_adapter(base, settings_of(family), seed=1)
     random_adapter(model)
-    load.set_training(model, checkpointing=checkpointing)
+    load.set_training(model, recomputed=recomputed)
     return model
 
 
@@ -200,14 +200,20 @@ def test_splitting_a_batch_changes_nothing() -> None:
 def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> None:
     rows = BATCHES["three levels: instruction, questions"]
     results, calls = [], []
-    for checkpointing in (False, True):
-        model = ours_of(tiny(family), family, checkpointing=checkpointing)
-        seen: list[int] = []
-        load.layers(model)[0].self_attn.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+    for recomputed in (0, 1, 2):
+        model = ours_of(tiny(family, num_hidden_layers=2), family, recomputed=recomputed)
+        seen = [0, 0]
+        for number, layer in enumerate(load.layers(model)):
+
+            def count(*_: Any, seen: list[int] = seen, number: int = number) -> None:
+                seen[number] += 1
+
+            layer.self_attn.register_forward_hook(count)
         results.append(of_trie(model, rows, labels_of(rows)))
-        calls.append(len(seen))
-    assert calls == [1, 2]
-    assert_equal(results[1], results[0], tolerance=1e-7)
+        calls.append(seen)
+    assert calls == [[1, 1], [2, 1], [2, 2]]
+    for again in results[1:]:
+        assert_equal(again, results[0], tolerance=1e-7)
 
 
 def test_dropout_belongs_to_the_adapter_in_training_only() -> None:
@@ -222,7 +228,7 @@ def test_dropout_belongs_to_the_adapter_in_training_only() -> None:
         with torch.no_grad():
             return label_logits(model, build(rows), torch.device("cpu"))
 
-    load.set_training(model, checkpointing=False)
+    load.set_training(model)
     assert torch.equal(read(1), read(1))
     assert not torch.allclose(read(1), read(2))
     model.eval()
@@ -271,7 +277,7 @@ def test_nf4_has_the_gradients_of_its_dequantised_weights(nf4: load.Base, tiny_f
     assert load.check_paths(nf4, LONGEST) is None
     model = adapter.add_adapter(nf4, config.Lora(rank=8), seed=1)
     random_adapter(model)
-    load.set_training(model, checkpointing=False)
+    load.set_training(model)
     rows = BATCHES["three levels: instruction, questions"]
     labels = labels_of(rows)
     with torch.inference_mode():
@@ -287,7 +293,7 @@ def test_nf4_trains_and_shares_rows(nf4: load.Base) -> None:
     assert load.check_paths(nf4, LONGEST) is None
     model = adapter.add_adapter(nf4, config.Lora(rank=8), seed=1)
     random_adapter(model)
-    load.set_training(model, checkpointing=False)
+    load.set_training(model)
     rows = BATCHES["three levels: instruction, questions"]
     labels = labels_of(rows)
     with torch.no_grad():
@@ -322,7 +328,7 @@ def smollm2_case(smollm2_base: load.Base) -> tuple[Any, Rows, Tensor, tuple[int,
     for name, value in ours.named_parameters():
         if "lora_" in name:
             value.data = torch.randn(value.shape, generator=generator) * 0.02
-    load.set_training(ours, checkpointing=False)
+    load.set_training(ours)
     labels = torch.tensor([bool(it["is_correct"]) for it in made])
     return base, rows, labels, frame.answer_ids, ours, stock_of(twin, ours)
 

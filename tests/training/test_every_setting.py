@@ -56,7 +56,7 @@ PREPARED: dict[str, Case] = {
     "train.gradient_accumulation": Case(2, "batches"),
     "train.per_question": Case(1, "batches"),
     "train.epochs": Case(2.0, "batches"),
-    "train.gradient_checkpointing": Case(True, "recomputes"),
+    "train.gradient_checkpointing": Case("on", "recomputes"),
     "train.micro_batch_tokens": Case(64, "parts"),
     "train.seed": Case(7, "batches"),
     "validation.rows": Case(4, "validation"),
@@ -90,6 +90,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 # Where else a key is shown to matter, since here it cannot.
 ELSEWHERE = {
     "train.compile": "tests/model/test_compiled.py",  # a GPU's
+    "train.memory_gib": "tests/training/test_fit.py",
     **dict.fromkeys(("track.project", "track.name", "track.group"), "tests/trackers/test_trackers.py"),
 }
 

@@ -189,9 +189,7 @@ def test_cooldowns_leave_the_main_line_as_it_is(cooldowns: list[int]) -> None:
     alone, plan = planned(train, kind="stream"), planned(train, kind="stream", cooldowns=cooldowns)
     branches = [phase for phase in plan.phases if phase.kind == "cooldown"]
     assert len(branches) == len(set(cooldowns))
-    main = [
-        step for step in range(len(plan)) if not any(branch.start <= step < branch.end for branch in branches)
-    ]
+    main = [step for step in range(len(plan)) if not any(branch.start <= step < branch.end for branch in branches)]
     assert len(main) == len(alone)
     for at, step in enumerate(main):
         assert np.array_equal(plan.rows(step), alone.rows(at))

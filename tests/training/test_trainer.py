@@ -286,7 +286,7 @@ def test_how_a_step_is_computed_does_not_change_what_is_learnt(data: Path, tiny_
         "whole": {},
         "accumulated": {"batch_size": 4, "gradient_accumulation": 2},
         "cut": {"micro_batch_tokens": 200},
-        "recomputed": {"gradient_checkpointing": True},
+        "recomputed": {"gradient_checkpointing": "on"},
     }.items():
         run = settings(tmp_path / name, data, tiny_folder, train={"micro_batch_tokens": 10**5, **train})
         trained(run)

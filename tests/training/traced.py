@@ -133,9 +133,7 @@ def step(model: Any, settings: config.Lora, rows: list[np.ndarray], recomputed: 
     base = load.Base(model, None, META, "bf16", "traced")
     load.use_paths(model)
     made = adapter.add_adapter(base, settings, seed=0)
-    load.set_training(made, checkpointing=recomputed > 0)
-    for number, layer in enumerate(load.layers(made)):
-        layer.training = number < recomputed
+    load.set_training(made, recomputed=recomputed)
     trie = build(rows)
     with flash(), Tracker(made.parameters()) as tracker:
         labels = torch.zeros(len(rows), dtype=torch.bool, device=META)

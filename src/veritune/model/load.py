@@ -239,8 +239,9 @@ def layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def set_training(model: Any, *, checkpointing: bool) -> None:
-    """Sets an adapter's dropout to work, and each layer to recompute its activations if `checkpointing`.
+def set_training(model: Any, *, recomputed: int = 0, checkpointing: bool = False) -> None:
+    """Sets an adapter's dropout to work, and the first `recomputed` layers to compute their activations again in the
+    backward pass, compiled or not. `checkpointing`: all of them.
 
     The frozen base stays in evaluation mode: its own dropout, where it has any, is not ours to train with.
     """
@@ -248,9 +249,11 @@ def set_training(model: Any, *, checkpointing: bool) -> None:
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
-        elif isinstance(module, GradientCheckpointingLayer):
-            module.training = checkpointing  # what transformers asks before it recomputes
-    if checkpointing:
+    found = layers(model)
+    recomputed = len(found) if checkpointing else recomputed
+    for number, layer in enumerate(found):
+        layer.training = number < recomputed  # what transformers asks before it recomputes
+    if recomputed:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
 
 

@@ -1,10 +1,13 @@
 """A model's widths and counts from its configuration alone: no weights, no torch."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import MissingError, ModelError
+from . import header
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Shape:
             )
         except KeyError as error:
             raise ModelError(f"the memory of a model of type {kind!r} is not foreseen: it has no {error}") from None
-        if any("expert" in name for name in config):
+        if any("expert" in name and value for name, value in config.items()):
             raise ModelError(f"the memory of a model of type {kind!r} is not foreseen: it has experts")
         return shape
 
@@ -85,3 +88,51 @@ class Shape:
         """Parameters of an adapter."""
         widths = [sum(widths) for name, widths in self.projections.items() if name in targets]
         return self.layers * rank * sum(widths)
+
+
+def read(path: str) -> Shape:
+    """The shape of a model as `config.Model.path` names it: a folder, a GGUF file, a hub id (of which only config.json
+    is read, from the local cache or else the hub).
+
+    Raises MissingError, and ModelError for what is no model or one built in another way.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        return _of_gguf(local)
+    file = local / "config.json"
+    if not local.is_dir():
+        file = _of_hub(path)
+    try:
+        return Shape.of(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise MissingError(f"model.path = {path!r}: {file} is not there") from None
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from None
+
+
+def _of_hub(path: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    from . import hub
+
+    hub.check(path)
+    cached = try_to_load_from_cache(path, "config.json")
+    return Path(cached if isinstance(cached, str) else hf_hub_download(path, "config.json"))
+
+
+def _of_gguf(file: Path) -> Shape:
+    values, tensors = header.read(file)
+    kind = values.get("general.architecture", "?")
+    names = {
+        "num_hidden_layers": "block_count",
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "num_experts": "expert_count",
+    }
+    found = {name: values[f"{kind}.{key}"] for name, key in names.items() if f"{kind}.{key}" in values}
+    if "token_embd.weight" in tensors:
+        found["vocab_size"] = tensors["token_embd.weight"][1]
+    return Shape.of({**found, "model_type": kind, "tie_word_embeddings": "output.weight" not in tensors})

@@ -28,7 +28,8 @@ WIDTH, HEIGHT = 78, 6
 
 OPTIONS = (
     "--rows-per-second N: the speed to reckon with, by default that of the run folder, if it has steps; --like RUN: "
-    "the speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, 12 by default."
+    "the speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, 12 by default; "
+    "--gpu NAME, --gpu-memory GIB: the card to plan memory and speed for, by default the one here."
 )
 
 
@@ -40,6 +41,8 @@ class Options:
     like: Path | None
     price: float | None
     hours: float
+    gpu: str | None = None
+    gpu_memory: float | None = None
 
 
 def options(flags: Sequence[str]) -> tuple[Options, list[str]]:
@@ -48,24 +51,31 @@ def options(flags: Sequence[str]) -> tuple[Options, list[str]]:
     parser.add_argument("--rows-per-second", "--rows_per_second", type=float)
     parser.add_argument("--like", type=Path)
     parser.add_argument("--price", type=float)
+    parser.add_argument("--gpu")
+    parser.add_argument("--gpu-memory", "--gpu_memory", type=float)
     parser.add_argument("--hours", type=float, default=12.0)
     told, rest = parser.parse_known_args(list(flags))
     own = [name for action in parser._actions for name in action.option_strings]
     for flag in (arg.partition("=")[0] for arg in rest if arg.startswith("--")):
         if near := [name for name in own if distance(name, flag) <= 2]:
             raise ConfigError(f"there is no flag {flag} (did you mean {near[0]!r}?)")
+    if told.gpu_memory is not None and told.gpu_memory < 1:
+        raise ConfigError("--gpu-memory must be at least 1 GiB")
     if (told.rows_per_second is not None and not told.rows_per_second > 0) or not told.hours > 0:
         raise ConfigError("--rows-per-second and --hours must be above 0")
-    return Options(told.rows_per_second, told.like, told.price, told.hours), rest
+    return Options(told.rows_per_second, told.like, told.price, told.hours, told.gpu, told.gpu_memory), rest
 
 
-def speed(told: Options, run: config.Run) -> float | None:
-    """Rows a second to reckon with, None if nothing tells. Raises MissingError for a --like that has none."""
+def speed(told: Options, run: config.Run, expected: float | None = None) -> float | None:
+    """Rows a second to reckon with, None if nothing tells; `expected`: on the card that is foreseen, which counts if it
+    was named or nothing was measured. Raises MissingError for a --like that has none."""
     if told.rows_per_second is not None or told.like is not None:
         return told.rows_per_second or (speed_of(told.like) if told.like else None)
+    if expected is not None and (told.gpu or told.gpu_memory):
+        return expected
     with suppress(MissingError):
         return speed_of(Path(run.out))
-    return None
+    return expected
 
 
 def show_plan(run: config.Run, source: Source, console: Console, told: Options, rows_per_second: float | None) -> None:
@@ -111,7 +121,8 @@ def show_plan(run: config.Run, source: Source, console: Console, told: Options, 
     )
     if rows_per_second is None:
         console.out(
-            "time: not known; tell --rows-per-second N, or --like RUN, a run folder with its speed", highlight=False
+            "time: not known; tell --rows-per-second N, --gpu NAME, or --like RUN, a run folder with its speed",
+            highlight=False,
         )
         return
     seconds = (shown + SCORING * scored) / rows_per_second

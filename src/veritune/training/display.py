@@ -25,12 +25,15 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
         "steps": f"{len(plan):,} of {run.train.batch_size * run.train.gradient_accumulation} examples "
         f"({plan.presentations:,} row presentations, {run.train.per_question} of a question together)",
         "phases": "; ".join(phase.name for phase in plan.phases),
+        "memory": str(state.planned),
         "learning": f"{run.train.optimizer}, lr {run.train.lr:g}, {run.train.schedule}",
         "answers": " / ".join(state.encoder.frame.answers),
         "folder": f"{run.out}" + (f", going on after step {done:,}" if done else ""),
     }
     if len(plan.phases) == 1:
         del rows["phases"]
+    if state.planned is None:
+        del rows["memory"]
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)

@@ -97,20 +97,22 @@ class Micro:
     rows: list[np.ndarray]  # int32 ids each
     trie: Trie | None  # None: row by row
     labels: np.ndarray  # bool [rows]
+    budget: int  # tokens of a part, at most
 
 
-def micro_batches(state: "Training", step: int) -> tuple[int, list[Micro], int]:
-    """This rank's share of a step's rows, cut into what is computed at once; and how many of all were too long."""
-    numbers = state.plan.rows(step)
+def micro_batches(state: "Training", step: int, budget: int | None = None) -> tuple[int, list[Micro], int]:
+    """This rank's share of a step's rows, cut into what is computed at once (`budget` tokens, by default the run's);
+    and how many of all were too long."""
+    numbers, budget = state.plan.rows(step), budget or state.budget
     rows, cut = state.encoder.rows(
         [state.train.questions[i] for i in numbers], [state.train.solutions[i] for i in numbers]
     )
     share = state.world.share(rows)
     rows, labels = [rows[i] for i in share], state.train.labels[numbers[share]]
     micros = []
-    for part in split(rows, state.budget):
+    for part in split(rows, budget):
         chosen = [rows[i] for i in part]
-        micros.append(Micro(chosen, build(chosen) if state.shared else None, labels[part]))
+        micros.append(Micro(chosen, build(chosen) if state.shared else None, labels[part], budget))
     return step, micros, sum(cut)
 
 

@@ -87,7 +87,7 @@ def _scores(state: "Training", rows: Rows, stop: Session) -> np.ndarray:
         scores = score_ids(state.model, mine, answers, device, state.budget, state.shared, _watch(stop))
     except Stopped:
         scores = None
-    load.set_training(state.model, checkpointing=state.run.train.gradient_checkpointing)
+    load.set_training(state.model, recomputed=state.recomputed)
     p = np.empty(len(ids))
     for numbers, found in state.world.gather((share, scores)):
         if found is None:

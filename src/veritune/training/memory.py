@@ -16,9 +16,15 @@ MIB, GIB = 2**20, 2**30
 LIBRARIES = 80 * MIB
 """Workspaces of cuBLAS, of the forward and of the backward thread."""
 
-WEIGHT = {"fp32": 4.0, "bf16": 2.0, "nf4": 4.127 / 8, "fp8": 2.0}
-"""Bytes of one weight in a decoder layer's products. nf4: 4 bits, and scales of 8 bits for 64 weights which share one
-of 32 bits for 256 (Dettmers et al. 2023, section 3). fp8: one byte for each orientation."""
+CONTEXT = 0.6 * GIB
+"""What CUDA itself takes of a GPU, beside what torch allocates."""
+SLACK = 0.03
+"""What the allocator holds beside what is used, as a part of it."""
+
+WEIGHT = {"fp32": 4.0, "bf16": 2.0, "nf4": 4.627 / 8, "fp8": 2.0}
+"""Bytes of one weight in a decoder layer's products. nf4: 4 bits; scales of 8 bits for 64 weights, which share one of
+32 bits for 256 (Dettmers et al. 2023, section 3), and the same scales unpacked to 32 bits. fp8: one byte for each
+orientation."""
 ELEMENT = {"fp32": 4, "bf16": 2, "nf4": 2, "fp8": 2}
 """Bytes of one activation."""
 STATE = {"adamw_torch": 8.0, "adamw_8bit": 2.03, "paged_adamw_32bit": 8.0, "lion_8bit": 1.02}
@@ -110,21 +116,16 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     Recomputing the first ones is best: the backward pass begins at the last, and what those kept is free again when the
     first of the others is computed.
     """
-    element, mode = ELEMENT[job.precision], "compiled" if job.compiled else "plain"
-    low = job.rank * shape.adapted(job.targets)
+    element, mode = ELEMENT[job.precision], _mode(job)
+    trained = shape.trained(job.targets, job.rank)
 
     def size(widths: Widths) -> float:
-        return batch.tokens * (
-            element * (widths.hidden * shape.hidden + widths.query * shape.queries + widths.key * shape.keys)
-            + element * (widths.inner * shape.inner + widths.low * low)
-            + 4 * (widths.wide * shape.hidden + widths.sums * (shape.heads + 2))
-        )  # fmt: skip
+        return _size(shape, job, batch.tokens, widths)
 
-    trained = shape.trained(job.targets, job.rank)
     copies = (element if element < 4 else 0) * trained / shape.layers  # of A and B, which products use
-    kept = size(KEPT[mode]) + copies
-    inside = size(Widths(hidden=KEPT[mode].hidden / 2, wide=KEPT[mode].wide / 2, inner=KEPT[mode].inner))
-    attention = size(ATTENTION) - inside + _paths(shape, batch, element)
+    kept = kept_bytes(shape, job, batch.tokens) + copies
+    mlp = Widths(hidden=KEPT[mode].hidden / 2, wide=KEPT[mode].wide / 2, inner=KEPT[mode].inner)
+    attention = size(ATTENTION) - size(mlp) + _paths(shape, batch, element)
     backward = max(size(MLP[mode]), attention)
     readout = batch.rows * shape.vocabulary * (element + 3 * 4)
     whole = shape.layers - recomputed
@@ -138,11 +139,29 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     rotary = 2 * batch.tokens * element * shape.head_dim
     indices = 16 * batch.tokens + 8 * batch.entries
     return Peak(
-        weights=WEIGHT[job.precision] * shape.inside + ELEMENT[job.precision] * shape.outside,
+        weights=WEIGHT[job.precision] * shape.inside + element * shape.outside,
         adapter=trained * (4 + 4 + STATE[job.optimizer]),  # parameters and gradients are float32
         kept=boundaries + of_layers + rotary + indices,
         working=working,
     )
+
+
+def kept_bytes(shape: Shape, job: Job, tokens: int) -> float:
+    """What autograd keeps of one layer."""
+    return _size(shape, job, tokens, KEPT[_mode(job)])
+
+
+def _mode(job: Job) -> str:
+    return "compiled" if job.compiled else "plain"
+
+
+def _size(shape: Shape, job: Job, tokens: int, widths: Widths) -> float:
+    element, low = ELEMENT[job.precision], job.rank * shape.adapted(job.targets)
+    return tokens * (
+        element * (widths.hidden * shape.hidden + widths.query * shape.queries + widths.key * shape.keys)
+        + element * (widths.inner * shape.inner + widths.low * low)
+        + 4 * (widths.wide * shape.hidden + widths.sums * (shape.heads + 2))
+    )  # fmt: skip
 
 
 def _paths(shape: Shape, batch: Batch, element: int) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import config
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, RoomError
 from ..model import adapter, load
 from ..model.compiled import compile_layers, plain_layers
 from ..model.graphs import Graphs, launch_bound, record
@@ -23,7 +23,7 @@ from ..tokens import prompt
 from ..tokens.encode import Encoder, encoder
 from ..track import Tracker
 from ..trackers.follow import check, following
-from . import distributed, runfolder, status
+from . import distributed, room, runfolder, status
 from . import optimizer as optimizers
 from . import plan as plans
 from .checkpoint import Saver, load_latest, publish, settle
@@ -46,7 +46,12 @@ class Training:
     encoder: Encoder
     shared: bool
     budget: int
+    """Tokens computed at once."""
     about: adapter.About
+    recomputed: int = 0
+    """Layers, from the first, whose activations are computed again in the backward pass."""
+    planned: room.Planned | None = None
+    """What these two were chosen from, on a GPU."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The adapter of the lowest validation log loss so far, on the CPU."""
     graphs: Graphs | None = None
@@ -139,7 +144,7 @@ def work(state: Training, folder: Path, console: Console) -> dict[str, Any]:
             for step, micros, cut in ahead(state, at.done):
                 begin(state, state.plan.begins(step))
                 started = time.perf_counter()
-                loss, norm = one_step(state, step, micros, stop)
+                loss, norm = fitting_step(state, step, micros, stop, display.say)
                 seconds = time.perf_counter() - started
                 at.done, at.truncated = step + 1, at.truncated + cut
                 rows = len(state.plan.rows(step))
@@ -212,6 +217,7 @@ def prepare(
 ) -> Training:
     """Reads the data and makes the plan, loads weights and adapter, and checks them against each other."""
     source = read(run)
+    space = room.limit(run, base.device if base else load.pick_device(run.model.device))
     with console.status("loading the model"):
         base = base or load.load_base(run.model)
         load.check_length(base, run.prompt.max_length)
@@ -222,7 +228,6 @@ def prepare(
         said = f"{base.path}: rows are computed one by one, slowly, because {reason}"
         console.print(said, style="yellow", markup=False)
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=run.train.start_from)
-    load.set_training(model, checkpointing=run.train.gradient_checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
     state = Training(
         run=run,
@@ -235,7 +240,11 @@ def prepare(
         budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
         about=adapter.About(words, base.path, base.precision, source.fingerprint),
         world=world,
+        recomputed=len(load.layers(model)) if run.train.gradient_checkpointing == "on" else 0,
     )
+    room.use(state, room.planned(state, space))
+    if state.planned and not state.planned.fit.fits:
+        console.print(f"memory may not suffice: {state.planned}", style="yellow", markup=False)
     if run.train.compile and base.device.type == "cuda" and state.shared:
         with console.status("compiling the layers"):
             speed_up(state, console)
@@ -246,13 +255,17 @@ def prepare(
 
 def speed_up(state: Training, console: Console) -> None:
     """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
-    _, (micro, *_), _ = micro_batches(replace(state, world=distributed.ALONE), 0)
-    assert micro.trie is not None, "only rows that share a beginning get here"
-    problem = compile_layers(state.model, lambda: micro_loss(state, micro))
+    alone = replace(state, world=distributed.ALONE)
+    # Plain layers, which these are compared with, take more memory: a few rows.
+    _, (few, *_), _ = micro_batches(alone, 0, min(state.budget, room.PROBE_TOKENS))
+    problem = compile_layers(state.model, lambda: micro_loss(state, few))
     slower = "layers are not compiled"
-    plain = not (state.run.lora.dropout or state.run.train.gradient_checkpointing)
+    if problem:
+        room.replan(state, compiled=False)
+    plain = not (state.run.lora.dropout or state.recomputed)
     if problem is None and plain and launch_bound(state.model, state.budget):
-        answers = state.encoder.frame.answer_ids
+        answers, (_, (micro, *_), _) = state.encoder.frame.answer_ids, micro_batches(alone, 0)
+        assert micro.trie is not None, "only rows that share a beginning get here"
         state.graphs, problem = record(
             state.model, state.base.device, answers, micro.trie, micro.labels, lambda: micro_loss(state, micro)
         )
@@ -270,6 +283,18 @@ def decisive(state: Training) -> dict[str, Any]:
         found |= {"train.micro_batch_tokens": state.budget, "model.device": device, "train.compile": compiled}
         found["processes"] = state.world.size
     return found
+
+
+def fitting_step(
+    state: Training, step: int, micros: list[Micro], stop: Session, say: Callable[[str], None]
+) -> tuple[float, float]:
+    """`one_step`, done again in a cheaper way if memory runs out. Raises RoomError if there is none."""
+    while True:
+        if micros and micros[0].budget != state.budget:  # they were made before memory ran out
+            _, micros, _ = micro_batches(state, step)
+        with suppress(torch.OutOfMemoryError):  # outside it, nothing that filled the memory is held any more
+            return one_step(state, step, micros, stop)
+        room.fall_back(state, micros, say)
 
 
 def one_step(state: Training, step: int, micros: list[Micro], stop: Session) -> tuple[float, float]:
@@ -301,7 +326,13 @@ def one_step(state: Training, step: int, micros: list[Micro], stop: Session) -> 
         )
     for group in state.optimizer.param_groups:
         group["lr"] = state.plan.lr(step)
-    state.optimizer.step()
+    try:
+        state.optimizer.step()
+    except torch.OutOfMemoryError as error:  # some weights may have changed: the step cannot be done again
+        raise RoomError(
+            f"step {step + 1:,}: memory ran out while weights were changed; the same command goes on from the last "
+            f"checkpoint. A lower train.memory_gib or train.micro_batch_tokens leaves more room ({error})"
+        ) from None
     state.optimizer.zero_grad(set_to_none=state.graphs is None)
     return loss_value, norm_value
 

@@ -1,0 +1,85 @@
+"""Memory that runs out in the middle of a step costs no step; where nothing takes less, it is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import metrics, prepared, settings, trained
+from torch import Tensor
+
+from veritune import config
+from veritune.data.generate import generate
+from veritune.errors import RoomError
+from veritune.model import verdict
+from veritune.training import trainer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 rows to train on, 6 steps of 8."""
+    return prepared(generate(16, solutions_per_question=4, seed=1), tmp_path_factory.mktemp("data") / "d", 16)
+
+
+def run_of(out: Path, data: Path, model: Path) -> config.Run:
+    return settings(out, data, model, train={"micro_batch_tokens": 400})
+
+
+class RunsOut:
+    """Memory runs out in the backward passes (from 0) that are named."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
+        self.passes = -1
+        whole = verdict.label_loss
+
+        def loss(*inputs: Any) -> Tensor:
+            self.passes += 1
+            out = whole(*inputs)
+            if self.passes in which:  # when the gradient reaches the loss, so in the middle of a backward pass
+                out.register_hook(self._fail)
+            return out
+
+        monkeypatch.setattr(trainer, "label_loss", loss)
+
+    @staticmethod
+    def _fail(grad: Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory for this gradient")
+
+
+@pytest.mark.parametrize("which", [(0,), (3, 4)], ids=["at once", "twice within a step"])
+def test_a_step_in_which_memory_ran_out_is_done_again(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: tuple[int, ...]
+) -> None:
+    whole = run_of(tmp_path / "whole", data, tiny_folder)
+    trained(whole)
+    RunsOut(monkeypatch, *which)
+    disturbed = run_of(tmp_path / "disturbed", data, tiny_folder)
+    _, said = trained(disturbed)
+    assert said.count("memory ran out") == len(which)
+    assert "3 of 3 layers computed again" in said
+    ours, theirs = metrics(tmp_path / "disturbed"), metrics(tmp_path / "whole")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        if "loss" in b:
+            assert (a["rows"], a["lr"]) == (b["rows"], b["lr"])
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_memory_for_less_than_a_row_ends_the_run_with_advice(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunsOut(monkeypatch, *range(1000))
+    with pytest.raises(RoomError, match=r"single row.*max_length"):
+        trained(run_of(tmp_path / "run", data, tiny_folder))
+    assert not metrics(tmp_path / "run")
+
+
+def test_memory_that_runs_out_while_weights_change_is_not_tried_again(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory for the optimiser")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(RoomError, match="step 1: memory ran out while weights were changed"):
+        trained(run_of(tmp_path / "run", data, tiny_folder))
