@@ -16,6 +16,7 @@ def test_the_demo_learns_what_it_promises(smollm2, tmp_path):
     assert figures["adapter"]["questions"] >= 400
     assert figures["adapter"]["accuracy_interval"][0] > 0.80
     assert figures["baseline"]["accuracy_interval"][1] < 0.70
+    assert 'id="worst"' in (tmp_path / "report.html").read_text()
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     with (tmp_path / "submission.csv").open() as file:
         entries = list(csv.DictReader(file))

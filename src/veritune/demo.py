@@ -17,6 +17,7 @@ from .model.verifier import Verifier
 from .quality import evaluate as evaluation
 from .quality import score as scoring
 from .quality import submit as submission
+from .report.page import report
 from .training.trainer import train
 
 QUESTIONS, HELD_OUT = 440, 400
@@ -79,6 +80,8 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
     say(f"6. veritune submit {adapter} {test} --out {out / 'submission.csv'}")
     entry = submission.open_submission(test, out / "submission.csv", config.Columns(), overwrite=True)
     submission.submit(verifier.score_rows, entry, out / "submission.csv", identity=verifier.identity, console=console)
+    say(f"7. veritune report {out / 'run'} --out {out / 'report.html'}")
+    report([out / "run"], out / "report.html")
 
     before, after = result["baseline"]["accuracy"], result["adapter"]["accuracy"]
     low, high = result["adapter"]["accuracy_interval"]
@@ -91,6 +94,7 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
         ("run/adapter/", "the adapter, in PEFT's format"),
         ("run/metrics.jsonl", "every step"),
         ("evaluation.json", "the figures above"),
+        ("report.html", "how the run went, and what it is most wrong about: open it in a browser"),
         ("scored.jsonl", "rows with P(correct)"),
         ("submission.csv", "ID,is_correct"),
     ):

@@ -172,6 +172,9 @@ def test_smoothing_starts_at_the_first_value_and_passes_over_nan() -> None:
     assert folder.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert folder.smooth([1.0, float("nan"), 1.0]) == pytest.approx([1.0, 1.0, 1.0])
     assert folder.smooth([0.0, 1.0], 0.5) == pytest.approx([0.0, 2 / 3])
+    long = [0.0] * 300 + [1.0]
+    assert folder.smooth(long)[-1] == pytest.approx(0.05)
+    assert folder.smooth(long[-20:])[-1] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (120, "2 min"), (7200, "2.0 h"), (3 * 86400, "3.0 days")])

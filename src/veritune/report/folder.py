@@ -188,8 +188,13 @@ def find(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """The exponential moving average, each value weighted as if the series had always been (Kingma & Ba 2015, 3)."""
+def smooth(values: Sequence[float], keep: float | None = None) -> list[float]:
+    """The exponential moving average, each value weighted as if the series had always been (Kingma & Ba 2015, 3).
+
+    keep: the part of the average that stays at each value; by default 0.95, less for a series of under 200.
+    """
+    if keep is None:
+        keep = min(0.95, 1 - 10 / max(len(values), 20))
     out: list[float] = []
     average = weight = 0.0
     for value in values:

@@ -12,7 +12,7 @@ from .trials import Axis
 
 
 def field(values: Floats, points: Sequence[tuple[float, float, int, str]], x: Axis, y: Axis) -> Markup:
-    """A surface over two settings as cells, the darker the lower, and points on it.
+    """A surface over two settings as cells, the stronger the colour the lower, and points on it.
 
     values: float64 [cells up, cells across], NaN for a cell left blank; points: places 0 to 1, colour, tip.
     """

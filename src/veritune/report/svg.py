@@ -198,7 +198,7 @@ def intervals(
 def heat(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, low: float, high: float
 ) -> Markup:
-    """A table of values in [low, high] as cells, the darker the higher; the names of rows and columns beside them."""
+    """A table of values in [low, high] as cells, the stronger the colour the higher, with rows and columns named."""
     short = [[shortened(name, most) for name in part] for part, most in ((rows, 24), (columns, 16))]
     left = 14 + LETTER * max((len(name) for name in short[0]), default=1)
     wide = max(44.0, (WIDTH - left - 6) / max(len(columns), 1))

@@ -151,7 +151,7 @@ def importances(sweep: Sweep, ranks: list[tuple[str, float, tuple[float, float]]
     x, y = (axis(key, sweep.space[key]) for key, *_ in ranks[:2])
     drawn = contour(sweep, x, y)
     if drawn:
-        note = "The darker, the lower the loss; a point is a trial, a diverged one counts as the worst."
+        note = "The stronger the colour, the lower the loss; a point is a trial, a diverged one counts as the worst."
         legend = [(svg.colour(STATES[name]), name) for name in ("complete", "pruned", "diverged")]
         blocks.append(Chart(f"The two that mattered most: {x.key} (across), {y.key} (up)", drawn, legend, note))
     note = (
