@@ -75,12 +75,14 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
+    on_gpu = torch.cuda.is_available()
     settings = SFTConfig(
         output_dir="/tmp/peer", per_device_train_batch_size=o.batch, max_steps=o.steps, learning_rate=2e-4,
-        lr_scheduler_type="constant", use_cpu=not torch.cuda.is_available(), optim=o.optim, bf16=torch.cuda.is_available(), gradient_checkpointing=o.recompute, warmup_steps=0,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if o.recompute else None, logging_steps=1,
-        save_strategy="no", report_to=[], max_length=2048, packing=False, disable_tqdm=True, max_grad_norm=1.0,
-        dataset_kwargs={"skip_prepare_dataset": True}, **({"use_liger_kernel": True} if o.liger else {}),
+        lr_scheduler_type="constant", use_cpu=not on_gpu, optim=o.optim, bf16=on_gpu, warmup_steps=0,
+        gradient_checkpointing=o.recompute, logging_steps=1, save_strategy="no", report_to=[], max_length=2048,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if o.recompute else None, packing=False,
+        disable_tqdm=True, max_grad_norm=1.0, dataset_kwargs={"skip_prepare_dataset": True},
+        **({"use_liger_kernel": True} if o.liger else {}),
     )  # fmt: skip
     trainer = InOrder(model=model, args=settings, train_dataset=rows, processing_class=tok, callbacks=[Marks()])
     torch.cuda.reset_peak_memory_stats()

@@ -29,6 +29,14 @@ SHAPES = {
         num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=False,
         rope_parameters={"rope_theta": 500000.0, "rope_type": "default"},
     ),
+    "0.5b": LlamaConfig(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    ),
+    "135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=False,
+    ),
     "tiny": LlamaConfig(
         vocab_size=128256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False,
@@ -52,6 +60,7 @@ def random_base(shape: str, device: torch.device, held: str) -> load.Base:
     rotary.inv_freq.copy_(inverse), rotary.original_inv_freq.copy_(inverse)
     model.requires_grad_(False).eval()
     if held == "nf4":
+        model.is_loaded_in_4bit = True  # what PEFT asks
         for layer in load.layers(model):
             for name, module in list(layer.named_modules()):
                 if isinstance(module, torch.nn.Linear):
@@ -105,12 +114,16 @@ def main() -> None:
     started = time.perf_counter()
     if o.cap:
         torch.cuda.set_per_process_memory_fraction(o.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    if o.shape == "135m" and not o.model:
+        rows = [row % 49152 for row in rows]
     base = load.load_base(config.Model(path=o.model, base=o.base)) if o.model else random_base(o.shape, device, o.base)
+    if o.graphs:
+        graphs.own_stream(device)
     print("paths:", load.check_paths(base, 2048) or "ok", flush=True)
     model = adapter.add_adapter(base, config.Lora(), seed=0)
     if o.unpacked:
         precision.hold_unpacked(model)
-    load.set_training(model, checkpointing=o.checkpointing)
+    load.set_training(model, recomputed=len(load.layers(model)) if o.checkpointing else 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     stepper = optimizer.make(parameters, config.Train())
     text = base.model.config

@@ -7,6 +7,7 @@ solutions of each question, questions in random order. Without --data, generated
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,8 @@ def pack(ids: list, labels: np.ndarray, questions: np.ndarray, answers: tuple[in
 
 def read(path: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, tuple[int, int]]:
     """Rows, labels, questions and answer ids of a file that `main` wrote."""
-    z = np.load(path)
-    rows = [z["ids"][a:b] for a, b in zip(z["offsets"], z["offsets"][1:], strict=False)]
+    z = dict(np.load(path))  # each look into the file itself would decompress it again
+    rows = [z["ids"][a:b] for a, b in pairwise(z["offsets"])]
     return rows, z["labels"].astype(bool), z["questions"], (int(z["answers"][0]), int(z["answers"][1]))
 
 

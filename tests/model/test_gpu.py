@@ -79,6 +79,7 @@ def test_flash_paths_and_compiled_layers_learn_what_stock_learns(heads, key_head
 
 def test_recorded_passes_give_the_gradients_of_plain_ones_for_any_trie():
     given, device = rows(), torch.device("cuda")
+    graphs.own_stream(device)
     base = make(8, 2)
     assert load.check_paths(base, 2048) is None
     model = adapter.add_adapter(base, config.Lora(rank=8, alpha=16), seed=0)

@@ -44,6 +44,13 @@ def launch_bound(model: Any, tokens: int) -> bool:
     return 4 * weights * tokens / 4e14 < 6e-3 * len(layer)
 
 
+def own_stream(device: torch.device) -> None:
+    """Moves this thread's work off the GPU's default stream, which nothing that is recorded may touch: a parameter's
+    gradient is added up on the stream of its first use, so this comes before any."""
+    if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
 class Graphs:
     """Passes of one model with one adapter."""
 
@@ -83,13 +90,9 @@ class Graphs:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         before = [p.grad.clone() for p in self._parameters if p.grad is not None]
         inputs = torch.from_numpy(numbers).to(self._device), torch.from_numpy(weights).to(self._device)
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):  # lazy set-up of libraries must not fall into the recording
-            self._loss(size, *inputs).backward()
-        torch.cuda.current_stream(self._device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        self._loss(size, *inputs).backward()  # lazy set-up of libraries must not fall into the recording
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             loss = self._loss(size, *inputs)
             loss.backward()
         self._pool = graph.pool()

@@ -16,7 +16,7 @@ from .. import config
 from ..errors import NonFiniteError, RoomError
 from ..model import adapter, load
 from ..model.compiled import compile_layers, plain_layers
-from ..model.graphs import Graphs, launch_bound, record
+from ..model.graphs import Graphs, launch_bound, own_stream, record
 from ..model.verdict import label_logits, label_loss, rowwise_logits
 from ..model.verifier import MICRO_BATCH_TOKENS
 from ..tokens import prompt
@@ -256,14 +256,16 @@ def prepare(
 def speed_up(state: Training, console: Console) -> None:
     """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
     alone = replace(state, world=distributed.ALONE)
+    graphs = not (state.run.lora.dropout or state.recomputed) and launch_bound(state.model, state.budget)
+    if graphs:
+        own_stream(state.base.device)
     # Plain layers, which these are compared with, take more memory: a few rows.
     _, (few, *_), _ = micro_batches(alone, 0, min(state.budget, room.PROBE_TOKENS))
     problem = compile_layers(state.model, lambda: micro_loss(state, few))
     slower = "layers are not compiled"
     if problem:
         room.replan(state, compiled=False)
-    plain = not (state.run.lora.dropout or state.recomputed)
-    if problem is None and plain and launch_bound(state.model, state.budget):
+    if problem is None and graphs and not state.recomputed:
         answers, (_, (micro, *_), _) = state.encoder.frame.answer_ids, micro_batches(alone, 0)
         assert micro.trie is not None, "only rows that share a beginning get here"
         state.graphs, problem = record(
