@@ -12,6 +12,7 @@ question together). A run's seconds are those of its steps while it shares the d
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import queue
@@ -148,6 +149,7 @@ def work(o: argparse.Namespace, sizes: list[int], jobs: Any, results: Any, numbe
                 results.put((name, strategy, seed, time.perf_counter() - started, None))
             except Exception:  # the other jobs go on
                 results.put((name, strategy, seed, time.perf_counter() - started, traceback.format_exc()))
+            gc.collect()  # recorded passes hold memory of the GPU
 
 
 def figures(o: argparse.Namespace, name: str, strategy: str, seed: int, wall: float) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import build
 
 
-def model() -> Any:
-    base = load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
+def model(base: load.Base | None = None) -> Any:
+    base = base or load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
     assert load.check_paths(base, 256) is None
     made = adapter.add_adapter(base, config.Lora(rank=4), seed=0)
     for name, p in made.named_parameters():
@@ -45,7 +45,8 @@ def gradient(made: Any, size: int) -> Tensor:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 def test_compiled_once_for_every_number_of_tokens() -> None:
-    made = model()
+    base = load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
+    made = model(base)
     plain = [gradient(made, size) for size in range(5)]
     assert compile_layers(made, lambda: loss_of(made, 2)) is None
     graphs = counters["stats"]["unique_graphs"]
@@ -53,6 +54,13 @@ def test_compiled_once_for_every_number_of_tokens() -> None:
         assert float((gradient(made, size) - expected).norm() / expected.norm()) <= 1e-5
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+    # The next run's adapter on the same base finds the layers compiled.
+    adapter.remove(made)
+    made = model(base)
+    assert compile_layers(made, lambda: loss_of(made, 2)) is None
+    for size, expected in enumerate(plain):
+        assert float((gradient(made, size) - expected).norm() / expected.norm()) <= 1e-5
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
