@@ -24,13 +24,14 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
         f"{state.train.labels.mean():.0%} correct; {len(state.validation.labels):,} validation rows",
         "steps": f"{len(plan):,} of {run.train.batch_size * run.train.gradient_accumulation} examples "
         f"({plan.presentations:,} row presentations, {run.train.per_question} of a question together)",
-        "phases": "; ".join(phase.name for phase in plan.phases),
+        "phases": f"{'; '.join(phase.name for phase in plan.phases)} (slices of "
+        f"{', '.join(f'{len(part.rows):,}' for part in state.source.slices)} rows)",
         "memory": str(state.planned),
         "learning": f"{run.train.optimizer}, lr {run.train.lr:g}, {run.train.schedule}",
         "answers": " / ".join(state.encoder.frame.answers),
         "folder": f"{run.out}" + (f", going on after step {done:,}" if done else ""),
     }
-    if len(plan.phases) == 1:
+    if not state.source.slices:
         del rows["phases"]
     if state.planned is None:
         del rows["memory"]
