@@ -17,6 +17,8 @@ WIDE = (960, 320)
 LETTER = 7.0
 """Width of a letter of the charts' font, about."""
 COLOURS = 8
+MOST_DOTS = 60
+"""Points of a line that are marked; more would hide it."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def drawn(one: Series, x: Scale, y: Scale) -> list[str]:
         line = trace([(x(a), place(b)) for a, b in zip(xs, ys, strict=True)])
         kind = "line" if one.kind in ("line", "both") else f"line {one.kind}"
         out.append(f'<path class="{kind} {colour(one.colour)}" d="{line}"/>')
-    if one.kind in ("points", "both") or len(one.x) == 1:
+    if one.kind == "points" or len(one.x) == 1 or (one.kind == "both" and len(one.x) <= MOST_DOTS):
         for i, (a, b) in enumerate(zip(one.x, one.y, strict=True)):
             if x(a) == x(a) and y(b) == y(b):
                 tip = f"<title>{text(one.tips[i])}</title>" if one.tips else ""

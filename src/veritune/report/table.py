@@ -22,10 +22,10 @@ def show_runs(root: Path, console: Console) -> None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
-    table.add_column("state")
+    table.add_column("state", no_wrap=True)
     table.add_column("phase")
     for name in ("step", "loss", "best: loss", "AUROC", "accuracy"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("time", no_wrap=True)
     reasons = []
     for path in paths:
