@@ -1,8 +1,8 @@
 """Every setting, declared once: frozen, validated, unknown keys refused.
 
 A run file is TOML with these tables: `[data]`, `[model]`, `[prompt]`, `[lora]`, `[train]`, `[strategy]`,
-`[[phases]]`, `[validation]`, `[checkpoint]`, `[track]`. Flags override it under the same names (`--train.lr 1e-4`).
-What a key means stands under it here and is what `veritune train --help` prints.
+`[[phases]]`, `[validation]`, `[checkpoint]`, `[session]`, `[track]`. Flags override it under the same names
+(`--train.lr 1e-4`). What a key means stands under it here and is what `veritune train --help` prints.
 """
 
 import dataclasses
@@ -105,6 +105,9 @@ class Train:
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient's norm is clipped to this."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do where a step's loss or gradient is NaN or infinite. skip: leave weights and optimiser as they are and
+    go on with the next step; ten such steps in a row stop the run."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples in one accumulation of a step."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
@@ -204,6 +207,17 @@ class Checkpoint:
     """Steps between two checkpoints; there is always one at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints that are kept."""
+    replica: str | None = None
+    """A folder on a mounted drive, one for each run, to which every checkpoint is copied after it was saved. The folder
+    above it must exist. A new machine goes on from the copy alone."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Session:
+    """The time that one session has."""
+
+    hours: Annotated[float | None, Field(gt=0)] = None
+    """Save and stop before the command has run this long (`--hours 12`); the same command again goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -237,6 +251,7 @@ class Run:
     strategy: Strategy = field(default_factory=Strategy)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    session: Session = field(default_factory=Session)
     track: Track = field(default_factory=Track)
 
 

@@ -53,6 +53,11 @@ def write_file(path: Path, parts: Parts) -> dict[str, Any]:
         return {"bytes": sum(memoryview(part).nbytes for part in parts), "sha256": digest.result()}
 
 
+def entry_of(data: bytes) -> dict[str, Any]:
+    """The manifest entry of a file with these bytes."""
+    return {"bytes": len(data), "sha256": _digest([data])}
+
+
 def _digest(parts: Parts) -> str:
     digest = hashlib.sha256()
     for part in parts:

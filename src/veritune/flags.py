@@ -13,7 +13,7 @@ from .suggest import did_you_mean, nearest
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
-SHORT = {"track": "track.to"}  # `--track wandb`
+SHORT = {"track": "track.to", "hours": "session.hours"}  # `--track wandb`, `--hours 12`
 
 
 def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, description: str) -> T:

@@ -28,7 +28,7 @@ PLAN = plan.make(config.Train(batch_size=2, per_question=1), np.arange(40), np.a
 def fresh(tmp_path: Path) -> Path:
     """A run folder as training makes it, before the first step."""
     out = tmp_path / "run"
-    runfolder.start(out, config.Run(out=str(out)), {"fingerprint": "f", "precision": "fp32"})
+    runfolder.start(out, runfolder.described(config.Run(out=str(out)), {"fingerprint": "f", "precision": "fp32"}))
     return out
 
 

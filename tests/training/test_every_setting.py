@@ -80,6 +80,7 @@ TRAINED: dict[str, Case] = {
     "validation.every": Case(1, "validations"),
     "checkpoint.every": Case(1, "checkpoints"),
     "checkpoint.keep": Case(1, "checkpoints", {"checkpoint.every": 1}),
+    "checkpoint.replica": Case("REPLICA", "copies"),
     "track.to": Case(["tensorboard"], "trackers"),
 }
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
@@ -90,6 +91,8 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 # Where else a key is shown to matter, since here it cannot.
 ELSEWHERE = {
     "train.compile": "tests/model/test_compiled.py",  # a GPU's
+    "train.non_finite": "tests/training/test_step.py",
+    "session.hours": "tests/training/test_stops.py",
     "train.memory_gib": "tests/training/test_fit.py",
     **dict.fromkeys(("track.project", "track.name", "track.group"), "tests/trackers/test_trackers.py"),
 }
@@ -182,6 +185,7 @@ def left(run: config.Run) -> dict[str, Any]:
         "losses": losses(folder),
         "validations": (folder / "metrics.jsonl").read_text().count('"validation"'),
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "copies": sorted(path.name for path in (folder.parent / "replica").glob("step-*")),
         "trackers": sorted(path.name for path in folder.glob("trackers/*")),
     }
 
@@ -209,9 +213,9 @@ def test_a_setting_shows_in_what_a_run_leaves(
         pytest.importorskip("tensorboard")
     case = TRAINED[key]
     before = plain(case.also)
-    value = {"OTHER": str(tmp_path / "other"), "ADAPTER": str(Path(before["folder"]) / "adapter")}.get(
-        case.value if isinstance(case.value, str) else "", case.value
-    )
+    places = {"OTHER": tmp_path / "other", "REPLICA": tmp_path / "replica"}
+    places["ADAPTER"] = Path(before["folder"]) / "adapter"
+    value = str(places[case.value]) if isinstance(case.value, str) else case.value
     run = base_run(place, tmp_path / "run")
     after = left(with_values(with_values(run, case.also), {key: value}))
     assert before[case.shows_in] != after[case.shows_in]

@@ -12,7 +12,7 @@ from veritune import config
 from veritune.data.generate import generate
 from veritune.errors import RoomError
 from veritune.model import verdict
-from veritune.training import trainer
+from veritune.training import step as steps
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ class RunsOut:
                 out.register_hook(self._fail)
             return out
 
-        monkeypatch.setattr(trainer, "label_loss", loss)
+        monkeypatch.setattr(steps, "label_loss", loss)
 
     @staticmethod
     def _fail(grad: Tensor) -> None:

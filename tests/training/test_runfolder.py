@@ -18,14 +18,18 @@ def run(folder: Path, **train: Any) -> config.Run:
     return config.build(config.Run, {"out": str(folder), "train": train}, "test")
 
 
+def start(folder: Path, resolved: dict[str, Any], **train: Any) -> None:
+    runfolder.start(folder, runfolder.described(run(folder, **train), resolved))
+
+
 def test_a_folder_in_which_nothing_was_saved_takes_other_settings(tmp_path: Path) -> None:
-    runfolder.start(tmp_path, run(tmp_path, lr=1e-3), {"fingerprint": "a"})
-    runfolder.start(tmp_path, run(tmp_path, lr=1e-4), {"fingerprint": "b"})
+    start(tmp_path, {"fingerprint": "a"}, lr=1e-3)
+    start(tmp_path, {"fingerprint": "b"}, lr=1e-4)
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["train"]["lr"] == 1e-4
     for name in ("checkpoints/step-00000001", "best", "adapter"):
         (tmp_path / name).mkdir(parents=True)
         with pytest.raises(ConfigError, match=r"train\.lr was 0\.0001, is 0\.001; fingerprint was 'b', is 'c'"):
-            runfolder.start(tmp_path, run(tmp_path, lr=1e-3), {"fingerprint": "c"})
+            start(tmp_path, {"fingerprint": "c"}, lr=1e-3)
         (tmp_path / name).rmdir()
 
 
@@ -33,14 +37,14 @@ def test_a_resolved_value_stands_in_place_of_its_setting(tmp_path: Path) -> None
     (tmp_path / "best").mkdir()
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match="damaged"):
-        runfolder.start(tmp_path, run(tmp_path), {})
+        start(tmp_path, {})
     (tmp_path / "run.json").unlink()
     (tmp_path / "best").rmdir()
-    runfolder.start(tmp_path, run(tmp_path), {"train.micro_batch_tokens": 2048})
+    start(tmp_path, {"train.micro_batch_tokens": 2048})
     (tmp_path / "best").mkdir()
-    runfolder.start(tmp_path, run(tmp_path, micro_batch_tokens=2048), {"train.micro_batch_tokens": 2048})
+    start(tmp_path, {"train.micro_batch_tokens": 2048}, micro_batch_tokens=2048)
     with pytest.raises(ConfigError, match=r"train\.micro_batch_tokens was 2048, is 512"):
-        runfolder.start(tmp_path, run(tmp_path, micro_batch_tokens=512), {"train.micro_batch_tokens": 512})
+        start(tmp_path, {"train.micro_batch_tokens": 512}, micro_batch_tokens=512)
 
 
 def test_what_is_written_is_strict_json(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from veritune.model.verifier import Verifier
 from veritune.quality.metrics import measure
 from veritune.training import plan as plans
 from veritune.training import progress, trainer
+from veritune.training import step as steps
 from veritune.training.feed import Micro, Rows
 
 
@@ -202,7 +203,7 @@ def test_a_dataset_without_validation_rows_is_refused(tiny_folder: Path, tmp_pat
 
 def poison(name: str) -> Callable[..., Any]:
     """`micro_loss` with a loss, or a gradient, that is NaN in the third step."""
-    real, calls = trainer.micro_loss, []
+    real, calls = steps.micro_loss, []
 
     def loss(state: trainer.Training, micro: Micro) -> torch.Tensor:
         calls.append(None)
@@ -226,7 +227,7 @@ def test_a_nan_ends_the_run_with_nothing_of_it_kept(
         tmp_path / "run", data, tiny_folder, train={"micro_batch_tokens": 10**5}, checkpoint={"every": 1, "keep": 9}
     )
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "micro_loss", poison(what))
+        patch.setattr(steps, "micro_loss", poison(what))
         with pytest.raises(NonFiniteError) as error:
             trained(run)
     rows = Rows.of(dataset.load(data).train)
@@ -252,7 +253,7 @@ def test_a_gradient_of_zero_is_an_error_unless_the_loss_is_zero_too(
     def flat(state: trainer.Training, micro: Micro) -> torch.Tensor:
         return loss + 0 * sum(p.sum() for p in state.parameters)
 
-    monkeypatch.setattr(trainer, "micro_loss", flat)
+    monkeypatch.setattr(steps, "micro_loss", flat)
     run = settings(tmp_path / "run", data, tiny_folder)
     if loss:
         with pytest.raises(NonFiniteError, match="step 1: the gradient is exactly zero"):

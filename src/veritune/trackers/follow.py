@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..redact import redact
 
 DEADLINE = 60.0
+STOPPED = 10.0  # the same after a signal, or at the session's limit: the run has 30 s in all
 FOLDER = "trackers"
 
 
@@ -67,17 +68,17 @@ def _one(name: str, run: config.Run, folder: Path, warn: Callable[[str], None]) 
     told = threading.Thread(target=_pass_on, args=(process.stdout, name, warn), daemon=True)
     told.start()
     _write(process, json.dumps(spec) + "\n")
-    done = ""
+    done, deadline = "", DEADLINE
     try:
         yield
         done = "done"
     except KeyboardInterrupt:
-        done = "done"  # stopped by a signal is no failure
+        done, deadline = "done", STOPPED  # stopped by a signal is no failure
         raise
     finally:
         _write(process, done, close=True)
         try:
-            code = process.wait(DEADLINE)
+            code = process.wait(deadline)
         except subprocess.TimeoutExpired:
             code = None
             with suppress(ProcessLookupError):
@@ -85,7 +86,7 @@ def _one(name: str, run: config.Run, folder: Path, warn: Callable[[str], None]) 
             process.wait()
         told.join(1)
         if code != 0:
-            why = f"had not finished after {DEADLINE:g} s" if code is None else "failed"
+            why = f"had not finished after {deadline:g} s" if code is None else "failed"
             warn(f"{name}: {why}; the run is whole in {folder}/metrics.jsonl, and the same command sends the rest")
 
 

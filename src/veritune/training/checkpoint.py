@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def load_latest(folder: Path, *, replica: Path | None = None, warn: Warn = _warn
 
     Every damaged one on the way is named through `warn`. Raises CheckpointError if there are some and none is whole.
     """
-    local = [(step, True, path) for step, path in _settled(folder)]
-    remote = [(step, False, path) for step, path in (_replicated(replica, warn) if replica is not None else [])]
+    local = [(step, True, path) for step, path in settled(folder)]
+    remote = [(step, False, path) for step, path in (replicated(replica, warn) if replica is not None else [])]
     wrong = []
     for step, _, path in sorted(local + remote, reverse=True):
         try:
@@ -127,20 +128,30 @@ class Saver:
     copied in a thread of its own, so that a slow drive delays neither the training nor the next save.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, replica: Path | None = None, warn: Warn = _warn) -> None:
-        self._folder, self._keep, self._warn = folder, keep, warn
+    def __init__(
+        self, folder: Path, *, keep: int = 2, replica: Path | None = None, run: Path | None = None, warn: Warn = _warn
+    ) -> None:
+        """run: the run folder, whose own files go to the replica with each checkpoint."""
+        self._folder, self._keep, self._run, self._warn = folder, keep, run, warn
         self._messages: list[str] = []  # from the threads, told to `warn` in the caller's
         self._mirror = None
         if replica is not None:
             self._mirror = replicas.Mirror(replica, keep=keep, warn=self._messages.append)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The longest time that a save has taken so far until it was whole on the disk, and on the replica."""
+        return self._seconds + (self._mirror.seconds if self._mirror is not None else 0.0)
 
     def save(self, step: int, tensors: Groups, state: dict[str, Any]) -> None:
         """Takes a copy of everything and starts to write it. Raises as `save`; for the disk, one save later."""
         files = pack(tensors, state, copy=True)
         self.wait()
-        self._thread = threading.Thread(target=self._work, args=(step, files), name="veritune-save")
+        along = replicas.Along(self._run) if self._mirror is not None and self._run is not None else None
+        self._thread = threading.Thread(target=self._work, args=(step, files, along), name="veritune-save")
         self._thread.start()
 
     def wait(self) -> None:
@@ -166,17 +177,19 @@ class Saver:
         while self._messages:
             self._warn(self._messages.pop(0))
 
-    def _work(self, step: int, files: dict[str, Parts]) -> None:
+    def _work(self, step: int, files: dict[str, Parts], along: replicas.Along | None) -> None:
+        began = time.monotonic()
         try:
             path = _write(self._folder, step, files, self._keep, self._messages.append)
+            self._seconds = max(self._seconds, time.monotonic() - began)
             if self._mirror is not None:
-                self._mirror.send(path)
+                self._mirror.send(path, along)
         except Exception as error:  # handed to the loop, which decides
             self._error = error
 
 
 def _write(folder: Path, step: int, files: Mapping[str, Parts], keep: int, warn: Warn) -> Path:
-    _settled(folder)
+    settled(folder)
     path = place(folder, step)
     write_folder(path, files, step)
     for old in outlived(path, keep):
@@ -187,7 +200,8 @@ def _write(folder: Path, step: int, files: Mapping[str, Parts], keep: int, warn:
     return path
 
 
-def _settled(folder: Path) -> list[tuple[int, Path]]:
+def settled(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints (step, path) in a folder, whole or not, once what a killed process left is put right."""
     if folder.is_dir():
         for name in os.listdir(folder):
             if match := re.fullmatch(r"\.(step-\d{8,})\.(new|old|trash)", name):
@@ -196,7 +210,8 @@ def _settled(folder: Path) -> list[tuple[int, Path]]:
     return found(folder)
 
 
-def _replicated(replica: Path, warn: Warn) -> list[tuple[int, Path]]:
+def replicated(replica: Path, warn: Warn) -> list[tuple[int, Path]]:
+    """The copies (step, path) on a replica, whole or not; none, and a warning, where it cannot be read."""
     try:
         if replica.parent.is_dir():
             return found(replica)
@@ -214,6 +229,8 @@ def _load(path: Path, step: int) -> Saved:
     tensors, state = {}, {}
     try:
         for name, entry in body["files"].items():
+            if name.startswith(replicas.RUN):
+                continue  # a replica's: not of the checkpoint
             data = read_file(path / name, entry)
             if name == STATE:
                 state = json.loads(data)

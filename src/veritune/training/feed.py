@@ -34,6 +34,9 @@ class Rows:
 
     @staticmethod
     def of(frame: pl.DataFrame) -> "Rows":
+        labels = frame["is_correct"]
+        if labels.dtype != pl.Boolean or labels.null_count():
+            raise DataError("the column is_correct holds what is neither true nor false: prepare the data again")
         return Rows(
             frame["id"].to_list(),
             frame["question"].to_list(),

@@ -1,7 +1,6 @@
 """What is measured while a run trains: the validation rows, and after each phase the probes of every slice."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from ..quality import forgetting, metrics
 from . import runfolder
 from .feed import Rows
 from .plan import Phase
-from .session import Session
+from .session import Session, Stop
 
 if TYPE_CHECKING:
     from .trainer import Training
@@ -21,19 +20,15 @@ if TYPE_CHECKING:
 FORGETTING = "forgetting.json"
 
 
-class Stopped(Exception):
-    """A signal came while measuring."""
-
-
 def validate(state: "Training", stop: Session) -> tuple[dict[str, Any], np.ndarray]:
-    """Figures on the run's validation rows, and P(correct) of each. Raises Stopped when a signal comes."""
+    """Figures on the run's validation rows, and P(correct) of each. Raises Stop."""
     held = state.validation
     p = _scores(state, held, stop)
     return state.world.from_first(lambda: metrics.measure(held.labels, p, held.groups)), p
 
 
 def probe(state: "Training", phase: Phase, validation: dict[str, Any], stop: Session) -> dict[str, Any]:
-    """Accuracy and AUROC on both probes of each slice after a phase. Raises Stopped when a signal comes."""
+    """Accuracy and AUROC on both probes of each slice after a phase. Raises Stop."""
 
     def figures(rows: Rows) -> tuple[float, float]:
         p = _scores(state, rows, stop)
@@ -77,29 +72,27 @@ def write_forgetting(state: "Training", folder: Path) -> dict[str, Any]:
 
 
 def _scores(state: "Training", rows: Rows, stop: Session) -> np.ndarray:
-    """P(correct) of rows, float64 [rows], of which each rank scores a share. Raises Stopped, on all ranks, when a
-    signal came to one; `stop` then knows it."""
+    """P(correct) of rows, float64 [rows], of which each rank scores a share. Raises Stop, on all ranks, when one is to
+    stop."""
+
+    def progress(rows: int) -> None:
+        stop.check()
+        if stop.asked is not None:
+            raise Stop(stop.asked)
+
     state.model.eval()
     ids, _ = state.encoder.rows(rows.questions, rows.solutions)
     share = state.world.share(ids)
     mine, answers, device = [ids[i] for i in share], state.encoder.frame.answer_ids, state.base.device
     try:
-        scores = score_ids(state.model, mine, answers, device, state.budget, state.shared, _watch(stop))
-    except Stopped:
+        scores = score_ids(state.model, mine, answers, device, state.budget, state.shared, progress)
+    except Stop:
         scores = None
     load.set_training(state.model, recomputed=state.recomputed)
     p = np.empty(len(ids))
     for numbers, found in state.world.gather((share, scores)):
         if found is None:
             stop.agree(True)
-            raise Stopped
+            raise Stop(stop.reason)
         p[numbers] = found
     return p
-
-
-def _watch(stop: Session) -> Callable[[int], None]:
-    def progress(rows: int) -> None:
-        if stop.asked is not None:
-            raise Stopped
-
-    return progress

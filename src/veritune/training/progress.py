@@ -36,6 +36,10 @@ class At:
     """Row presentations that were too long."""
     quality: dict[str, Any] | None = None
     """The last validation's figures."""
+    skipped: int = 0
+    """Steps that were not finite and left out."""
+    skipped_in_a_row: int = 0
+    """Of those, the last ones without another between."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def begin(state: "Training", phase: Phase | None) -> None:
-    """Does what is due before the first step of a phase; None: no phase begins."""
+    """Does what is due before the first step of a phase; None: no phase begins. Doing it twice is doing it once: a
+    step that was begun and not finished is begun again by the next session."""
     if phase is None:
         return
     if phase.kind == "cooldown":
@@ -63,7 +68,6 @@ def begin(state: "Training", phase: Phase | None) -> None:
     if phase.start_from == "fork":
         assert state.fork is not None
         put_back(state, state.fork)
-        state.fork = None
     elif phase.start_from == "best":
         adapter.set_weights(state.model, state.best)
     if phase.optimizer_state == "reset":

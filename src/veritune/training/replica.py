@@ -2,9 +2,11 @@
 
 Nothing is expected of such a drive but that bytes written and synced can be read back: a copy is written in place, read
 back and compared by hash, and its manifest, which marks it complete, comes last. Whatever goes wrong is told through
-`warn` and never raised. `copy` waits for the end, `Mirror` copies in a thread.
+`warn` and never raised. `copy` waits for the end, `Mirror` copies in a thread. A copy holds, under `run/`, what else
+the run folder held when the checkpoint was saved (settings, metrics, adapters), so that `fetch` can bring back a run.
 """
 
+import os
 import shutil
 import threading
 import time
@@ -16,7 +18,9 @@ from ..durable import (
     MANIFEST,
     Damaged,
     check_files,
+    entry_of,
     found,
+    manifest,
     outlived,
     read_manifest,
     sync_folder,
@@ -26,35 +30,74 @@ from ..durable import (
 
 Warn = Callable[[str], None]
 WAITS = (0.2, 1.0, 5.0)  # seconds before a copy that does not read back yet is read again
+RUN = "run/"  # where in a copy the run folder's own files stand
+ALONG = (".json", ".jsonl", ".parquet", ".safetensors", ".md")  # of them, those with such names
+PLACES = ("*", "adapter/*", "best/*", "cooldowns/*/*")
+
+
+class Along:
+    """The run folder's own small files and its adapters, opened as they are now: what they become later is not read."""
+
+    def __init__(self, folder: Path) -> None:
+        with ExitStack() as files:
+            self._open = {}
+            for path in sorted(path for pattern in PLACES for path in folder.glob(pattern)):
+                if path.is_file() and not path.name.startswith(".") and path.suffix in ALONG:
+                    file = files.enter_context(open(path, "rb"))
+                    self._open[RUN + str(path.relative_to(folder))] = (file, os.fstat(file.fileno()).st_size)
+            self.files = files.pop_all()
+        self.names = list(self._open)
+
+    def read(self, name: str) -> bytes:
+        file, size = self._open[name]
+        file.seek(0)
+        return file.read(size)
 
 
 class Source:
-    """An opened checkpoint: it can be read to the end even if it is deleted meanwhile."""
+    """An opened checkpoint and what goes along: it can be read to the end even if it is deleted meanwhile."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, along: Along | None = None) -> None:
         body = read_manifest(path)
-        self.path, self.step, self.entries = path, body["step"], body["files"]
+        self.path, self.step, self.entries, self.along = path, body["step"], body["files"], along
         with ExitStack() as files:
-            self._open = {name: files.enter_context(open(path / name, "rb")) for name in (*self.entries, MANIFEST)}
+            if along is not None:
+                files.enter_context(along.files)
+            self._open = {name: files.enter_context(open(path / name, "rb")) for name in self.entries}
             self.files = files.pop_all()
 
+    @property
+    def names(self) -> list[str]:
+        return [*self.entries, *(self.along.names if self.along is not None else ())]
+
     def read(self, name: str) -> bytes:
+        """The bytes of a file. Raises Damaged where they are not what was saved."""
+        if name not in self.entries:
+            assert self.along is not None
+            return self.along.read(name)
         self._open[name].seek(0)
-        return self._open[name].read()
+        data = self._open[name].read()
+        if entry_of(data) != self.entries[name]:
+            raise Damaged(f"{name} is damaged in the local checkpoint")
+        return data
 
 
-def copy(checkpoint: Path, replica: Path, *, keep: int = 2, warn: Warn) -> bool:
+def copy(checkpoint: Path, replica: Path, *, keep: int = 2, warn: Warn, along: Along | None = None) -> bool:
     """Copies a checkpoint folder into `replica`, then deletes older copies but the newest `keep`.
 
     Returns whether a whole copy stands there now; if not, `warn` was told why. The folder above `replica` must exist:
     where it does not, the drive is taken to be gone, so that its mount point is not filled instead.
     """
+    source = _opened(checkpoint, replica, along, warn)
+    return source is not None and _copy(source, replica, keep, warn)
+
+
+def _opened(checkpoint: Path, replica: Path, along: Along | None, warn: Warn) -> Source | None:
     try:
-        source = Source(checkpoint)
+        return Source(checkpoint, along)
     except (OSError, Damaged) as error:
         warn(f"{checkpoint} could not be copied to {replica}: {error}")
-        return False
-    return _copy(source, replica, keep, warn)
+        return None
 
 
 class Mirror:
@@ -66,14 +109,14 @@ class Mirror:
         self._next: Source | None = None
         self._thread: threading.Thread | None = None
         self._messages: list[str] = []
+        self.seconds = 0.0
+        """The longest time that a copy has taken so far."""
 
-    def send(self, checkpoint: Path) -> None:
+    def send(self, checkpoint: Path, along: Along | None = None) -> None:
         """Has a checkpoint copied. One copy is made at a time; of those that wait, only the newest is made."""
         self._report()
-        try:
-            source = Source(checkpoint)
-        except (OSError, Damaged) as error:
-            self._warn(f"{checkpoint} could not be copied to {self._replica}: {error}")
+        source = _opened(checkpoint, self._replica, along, self._warn)
+        if source is None:
             return
         with self._lock:
             if self._next is not None:
@@ -100,7 +143,9 @@ class Mirror:
                 if source is None:
                     self._thread = None
                     return
+            began = time.monotonic()
             _copy(source, self._replica, self._keep, self._messages.append)
+            self.seconds = max(self.seconds, time.monotonic() - began)
 
     def _report(self) -> None:
         while self._messages:
@@ -147,19 +192,22 @@ def _delete(target: Path) -> None:
 def _is_copy(source: Source, target: Path) -> bool:
     try:
         verify(target)
-        return (target / MANIFEST).read_bytes() == source.read(MANIFEST)
+        held = read_manifest(target)["files"]
+        return held == {name: entry_of(source.read(name)) for name in source.names}
     except (OSError, Damaged):
         return False
 
 
 def _write(source: Source, target: Path) -> None:
-    target.mkdir()
-    for name, entry in source.entries.items():
-        if write_file(target / name, [source.read(name)]) != entry:
-            raise Damaged(f"{name} is damaged in the local checkpoint")
-    sync_folder(target)
-    _patiently(lambda: check_files(target, source.entries))
-    write_file(target / MANIFEST, [source.read(MANIFEST)])
+    inner = {parent for name in source.names for parent in Path(name).parents}
+    folders = [target / parent for parent in sorted(inner, key=lambda parent: len(parent.parts))]
+    for folder in folders:
+        folder.mkdir()  # never what is above: where the drive went away, its mount point must not be filled
+    entries = {name: write_file(target / name, [source.read(name)]) for name in source.names}
+    for folder in folders:
+        sync_folder(folder)
+    _patiently(lambda: check_files(target, entries))
+    write_file(target / MANIFEST, [manifest(source.step, entries)])
     sync_folder(target)
     _patiently(lambda: verify(target))
 

@@ -14,55 +14,77 @@ RUN = "run.json"
 ADAPTERS = ("adapter", "best")
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
 # what dropout draws, which then come with the resolved values.
-FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "track.", "train.micro_batch_tokens",
-        "train.compile", "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
+FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
+        "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.gradient_checkpointing",
+        "train.memory_gib")  # fmt: skip
 
 
 # Settings that say what is still to be trained: they may change as far as nothing of what is done would be different.
 AHEAD = ("phases", "strategy.", "train.epochs", "data.rows")
 
 
-def start(
-    folder: Path,
-    run: config.Run,
-    resolved: dict[str, Any],
-    same_so_far: Callable[[config.Run], bool] = lambda earlier: False,
-) -> None:
-    """Writes run.json, or checks that the run which the folder holds is this one.
+def described(run: config.Run, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds.
 
     resolved: what decides the mathematics besides the settings (the data's fingerprint, the precision), or in place of
-    a setting. same_so_far: whether the steps that are done would have been the same under other settings of what is to
-    be trained; so phases or epochs can be appended. A folder in which nothing was saved yet takes other settings.
-    Raises ConfigError naming every key that differs.
+    a setting.
     """
-    values = {"veritune": __version__, "resolved": resolved, "settings": config.as_dict(run)}
+    return {"veritune": __version__, "resolved": resolved, "settings": config.as_dict(run)}
+
+
+def start(
+    folder: Path, values: dict[str, Any], same_so_far: Callable[[config.Run], bool] = lambda earlier: False
+) -> None:
+    """Writes run.json (`described`), or checks that the run which the folder holds is this one.
+
+    same_so_far: whether the steps that are done would have been the same under other settings of what is to be trained;
+    so phases or epochs can be appended. A folder in which nothing was saved yet takes other settings. Raises
+    ConfigError naming every key that differs.
+    """
     path = folder / RUN
     if path.exists():
-        earlier, differing = differences(path, values)
         saved = found(folder / "checkpoints") or any((folder / name).exists() for name in ADAPTERS)
-        ahead = all(key.startswith(AHEAD) for key in differing)
-        if differing and saved and not (ahead and same_so_far(earlier)):
-            hint = (
-                ". With them, steps that are done would have been others: under a schedule like cosine the rate of "
-                "every step depends on how many there are, so append [[phases]] instead of epochs"
-            )
-            raise ConfigError(
-                f"{folder} holds a run with other settings: {'; '.join(differing.values())}{hint if ahead else ''}. "
-                "Put them back to go on with that run, or choose another `out`"
-            )
+        if saved:
+            check(path, path.read_bytes(), values, same_so_far)
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another `out`")
     make_folder(folder)
     write_json(path, values)
 
 
-def differences(path: Path, values: dict[str, Any]) -> tuple[config.Run, dict[str, str]]:
-    """The run of a run.json, and how its mathematics differs from `values`: a phrase for each key. A setting that it
-    lacks, being of an earlier version, has its default. Raises ConfigError."""
+def check(
+    path: Path,
+    before: bytes,
+    values: dict[str, Any],
+    same_so_far: Callable[[config.Run], bool],
+    setting: str = "out",
+) -> None:
+    """Raises ConfigError unless a run whose run.json, at `path`, holds `before` may go on as `values` say.
+
+    setting: what leads to `path`.
+    """
+    earlier, differing = differences(path, before, values)
+    ahead = all(key.startswith(AHEAD) for key in differing)
+    if differing and not (ahead and same_so_far(earlier)):
+        hint = (
+            ". With them, steps that are done would have been others: under a schedule like cosine the rate of "
+            "every step depends on how many there are, so append [[phases]] instead of epochs"
+        )
+        raise ConfigError(
+            f"{path.parent} holds a run with other settings: {'; '.join(differing.values())}{hint if ahead else ''}. "
+            f"Put them back to go on with that run, or choose another `{setting}`"
+        )
+
+
+def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[config.Run, dict[str, str]]:
+    """The run that a run.json describes, and how its mathematics differs from `values`: a phrase for each key.
+
+    A setting that it lacks, being of an earlier version, has its default. Raises ConfigError.
+    """
     try:
-        before = json.loads(path.read_bytes())
-        earlier = config.build(config.Run, before["settings"], str(path))
-        old, new = mathematics({**before, "settings": config.as_dict(earlier)}), mathematics(values)
+        held = json.loads(before)
+        earlier = config.build(config.Run, held["settings"], str(path))
+        old, new = mathematics({**held, "settings": config.as_dict(earlier)}), mathematics(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
     differing = [key for key in new if old.get(key) != new.get(key)]

@@ -51,8 +51,8 @@ def running(folder: Path, plan: Plan, device: Any, *, step: int, parameters: int
     _write(folder, values | {"sessions": [*_earlier(folder), session]})
     try:
         yield
-    except KeyboardInterrupt:
-        end(folder, "stopped", "stopped by a signal")
+    except KeyboardInterrupt as reason:
+        end(folder, "stopped", f"stopped by {str(reason) or 'a signal'}")
         raise
     except BaseException as error:
         end(folder, "failed", redact(f"{type(error).__name__}: {error}"))

@@ -1,23 +1,21 @@
 """The training loop, and what it needs around it: setting up, phases that begin and end, saving, resuming."""
 
-import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from .. import config
-from ..errors import NonFiniteError, RoomError
 from ..model import adapter, load
 from ..model.compiled import compile_layers, plain_layers
 from ..model.graphs import Graphs, launch_bound, own_stream, record
-from ..model.verdict import label_logits, label_loss, rowwise_logits
 from ..model.verifier import MICRO_BATCH_TOKENS
 from ..tokens import prompt
 from ..tokens.encode import Encoder, encoder
@@ -26,12 +24,14 @@ from ..trackers.follow import check, following
 from . import distributed, room, runfolder, status
 from . import optimizer as optimizers
 from . import plan as plans
-from .checkpoint import Saver, load_latest, publish, settle
+from .checkpoint import Saved, Saver, load_latest, publish, settle
 from .display import Display, show_plan
-from .feed import Micro, Rows, Source, ahead, micro_batches, read
-from .measure import Stopped, probe, validate, write_forgetting
+from .feed import Rows, Source, ahead, micro_batches, read
+from .fetch import fetch
+from .measure import probe, validate, write_forgetting
 from .progress import At, Point, begin, copies, restore, save_checkpoint
-from .session import Session, session
+from .session import Session, Stop, session
+from .step import fitting, micro_loss, update
 
 
 @dataclass
@@ -54,6 +54,8 @@ class Training:
     """What these two were chosen from, on a GPU."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The adapter of the lowest validation log loss so far, on the CPU."""
+    saved: tuple[int, int] = (0, 0)
+    """The steps that were done and last validated in the newest checkpoint."""
     graphs: Graphs | None = None
     """Recorded passes, for a small model on a GPU."""
     fork: Point | None = None
@@ -96,96 +98,153 @@ def train(
     kinds in `errors`; a stop by signal saves first and raises KeyboardInterrupt.
     """
     folder = Path(run.out)
-    with distributed.join(run.model.device) as world:
-        if world.first:
-            for name in ("adapter", "best"):
-                settle(folder / name)
-        check(run.track)
-        state = prepare(run, console, base, world)
+    with session(run.session.hours) as stop, distributed.join(run.model.device) as world:
+        stop.alone = world.size == 1
+        state = None
         try:
-            quality = work(state, folder, console)
+            if world.first:
+                for name in ("adapter", "best"):
+                    settle(folder / name)
+            check(run.track)
+            state = prepare(run, console, base, world)
+            quality = work(state, folder, console, stop)
             if then is not None:
                 then(state)
+        except Stop:
+            if not stop.training:
+                console.out(f"stopped by {stop.reason} before training; the same command goes on", highlight=False)
+            raise
         finally:
-            if base is not None:
+            if base is not None and state is not None:
                 adapter.remove(state.model)
     return quality
 
 
-def work(state: Training, folder: Path, console: Console) -> dict[str, Any]:
+def work(state: Training, folder: Path, console: Console, stop: Session) -> dict[str, Any]:
     """The steps of a run that are not done yet."""
-    run, world, resolved = state.run, state.world, decisive(state)
-    # The first process sends the checkpoint itself to the others, so they need not see its folder.
-    saved = world.from_first(lambda: load_latest(folder / "checkpoints", warn=console.out))
-    done = saved.step if saved else 0
+    run, world, values = state.run, state.world, runfolder.described(state.run, decisive(state))
+    replica = Path(run.checkpoint.replica).expanduser() if run.checkpoint.replica else None
 
-    def same_so_far(earlier: config.Run) -> bool:
+    def same_so_far(earlier: config.Run, done: int) -> bool:
         return state.plan.agrees(read(earlier).plan, done)
 
-    world.from_first(lambda: runfolder.start(folder, run, resolved, same_so_far))
-    distributed.check_same(world, runfolder.mathematics({"settings": config.as_dict(run), "resolved": resolved}))
+    def found() -> Saved | None:
+        if replica is not None and (step := fetch(folder, replica, values, same_so_far, console.out)) is not None:
+            console.out(f"brought back from {replica}, as it was after step {step:,}", highlight=False)
+        saved = load_latest(folder / "checkpoints", warn=console.out)
+        runfolder.start(folder, values, lambda earlier: same_so_far(earlier, saved.step if saved else 0))
+        return saved
+
+    # The first process sends the checkpoint itself to the others, so they need not see its folder.
+    saved = world.from_first(found)
+    distributed.check_same(world, runfolder.mathematics(values))
     world.same(state.parameters)
     at = restore(state, saved) if saved else At()
+    state.saved = (at.done, at.validated)
     show_plan(console, state, at.done)
     tracker: Any = distributed.Nobody()
     saver: Any = distributed.Nobody()
     about, shown = nullcontext(), nullcontext()
     if world.first:
         tracker = Tracker(folder / "metrics.jsonl", from_step=at.done)
-        saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, warn=console.out)
+        saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, replica=replica, run=folder, warn=console.out)
         trained = sum(p.numel() for p in state.parameters)
         about = status.running(folder, state.plan, state.base.device, step=at.done, parameters=trained)
         shown = following(run, folder, console.out)
     try:
         if at.best_quality:  # best/ may be missing, or of a step that a killed session had done since
             save_adapter(state, folder / "best", at.best_step, at.best_quality, state.best)
-        with about, shown, session() as stop, Display(console, state, at.done) as display:
-            after_step(state, at, folder, tracker, saver, display, stop)
-            for step, micros, cut in ahead(state, at.done):
-                begin(state, state.plan.begins(step))
-                started = time.perf_counter()
-                loss, norm = fitting_step(state, step, micros, stop, display.say)
-                seconds = time.perf_counter() - started
-                at.done, at.truncated = step + 1, at.truncated + cut
-                rows = len(state.plan.rows(step))
-                tracker.log(at.done, loss=loss, lr=state.plan.lr(step), grad_norm=norm, rows=rows, seconds=seconds)
-                display.step(at.done, loss, rows, seconds)
+        with about, shown, Display(console, state, at.done) as display:
+            stop.training = True
+            try:
                 after_step(state, at, folder, tracker, saver, display, stop)
+                for step, micros, cut in ahead(state, at.done):
+                    stop.check("step")
+                    started = time.perf_counter()
+                    with stop.whole():
+                        begin(state, state.plan.begins(step))
+                    loss, norm = fitting(state, step, micros, stop, display.say)
+                    with stop.whole():
+                        applied = update(state, at, step, loss, norm)
+                        seconds = time.perf_counter() - started
+                        stop.took("step", seconds)
+                        at.truncated += cut
+                        rows = len(state.plan.rows(step))
+                        line = {"loss": loss, "lr": state.plan.lr(step), "grad_norm": norm, "rows": rows}
+                        tracker.log(at.done, **line, seconds=seconds, **({} if applied else {"skipped": True}))
+                    if applied:
+                        display.step(at.done, loss, rows, seconds)
+                    else:
+                        display.say(f"step {at.done:,} is skipped: loss {loss}, gradient norm {norm}")
+                    after_step(state, at, folder, tracker, saver, display, stop)
+            except Stop:
+                stop.heard()
+                save(state, at, tracker, saver, stop)
+                saver.wait()
+                world.wait()  # a process that ended earlier would be taken for a failure
+                where = f"after step {at.done:,}" if at.done else "before the first step"
+                display.say(f"stopped by {stop.reason} {where}; the same command goes on from there")
+                raise
     finally:
-        saver.close()
-        tracker.close()
-    return world.from_first(lambda: finish(state, at, folder))
+        try:
+            saver.wait()
+        finally:
+            saver.close(stop.patience)
+            tracker.close()
+    world.wait()
+    assert at.quality is not None
+    return at.quality
 
 
 def after_step(
     state: Training, at: At, folder: Path, tracker: Any, saver: Any, display: Display, stop: Session
 ) -> None:
-    """What is due after a step, or again after a resume: validation, a checkpoint, the stop that a signal asked for.
-
-    Raises KeyboardInterrupt for that stop, once everything is saved.
-    """
+    """What is due after a step, or again after a resume: validation, the last files, a checkpoint. Raises Stop."""
     run, last = state.run, at.done == len(state.plan)
     ended = state.plan.ends(at.done)
     if at.done and at.validated != at.done and (ended or at.done % run.validation.every == 0):
-        with suppress(Stopped):
-            measure(state, at, ended, folder, tracker, display, stop)
-    stopping = stop.reason is not None and not (last and at.validated == at.done)
-    if at.done and (ended or stopping or at.done % run.checkpoint.every == 0):
+        measure(state, at, ended, folder, tracker, display, stop)
+    if last and state.world.first:
+        with stop.whole():
+            finish(state, at, folder)
+    if ended or at.done % run.checkpoint.every == 0:
+        save(state, at, tracker, saver, stop)
+
+
+def save(state: Training, at: At, tracker: Any, saver: Any, stop: Session) -> None:
+    """Has a checkpoint written, unless it would be the one that there is. Raises NonFiniteError and CheckpointError."""
+    if at.done == 0 or (at.done, at.validated) == state.saved:
+        return
+    with stop.whole(), stop.timing("save"):
         tracker.sync()  # a checkpoint must not outlive the lines that lead to it
         save_checkpoint(state, saver, at)
-    if stopping:
-        saver.wait()
-        state.world.wait()  # a process that ended earlier would be taken for a failure
-        display.say(f"stopped by {stop.reason} after step {at.done:,}; the same command goes on from there")
-        raise KeyboardInterrupt
+        state.saved = (at.done, at.validated)
 
 
 def measure(
     state: Training, at: At, ended: plans.Phase | None, folder: Path, tracker: Any, display: Display, stop: Session
 ) -> None:
-    """Validates; at the end of a phase, the probes of every slice too. Raises Stopped, with nothing kept of it."""
-    quality, p = validate(state, stop)
-    probes = probe(state, ended, quality, stop) if ended and state.probed else None
+    """Validates; at the end of a phase, the probes of every slice too. Raises Stop, with nothing kept of it."""
+    stop.check("validation")
+    with stop.timing("validation"):
+        quality, p = validate(state, stop)
+        probes = probe(state, ended, quality, stop) if ended and state.probed else None
+    with stop.whole():
+        keep(state, at, ended, quality, p, probes, folder, tracker, display)
+
+
+def keep(
+    state: Training,
+    at: At,
+    ended: plans.Phase | None,
+    quality: dict[str, Any],
+    p: np.ndarray,
+    probes: dict[str, Any] | None,
+    folder: Path,
+    tracker: Any,
+    display: Display,
+) -> None:
+    """Writes down what was measured after a step, and the best adapter if it is that."""
     at.validated, at.quality = at.done, quality
     tracker.log(at.done, validation=quality, **({"probes": probes} if probes else {}))
     display.validation(at.done, quality)
@@ -202,14 +261,13 @@ def measure(
         save_adapter(state, folder / "best", at.done, quality, state.best)
 
 
-def finish(state: Training, at: At, folder: Path) -> dict[str, Any]:
-    """Writes the last adapter and evaluation.json, and returns the last validation's figures."""
+def finish(state: Training, at: At, folder: Path) -> None:
+    """Writes the last adapter and evaluation.json."""
     assert at.quality is not None, "the last step is validated before this"
-    quality = at.quality
-    save_adapter(state, folder / "adapter", at.done, quality)
-    runfolder.write_json(folder / "evaluation.json", {"validation": quality, "truncated_rows": at.truncated})
+    save_adapter(state, folder / "adapter", at.done, at.quality)
+    left = {"validation": at.quality, "truncated_rows": at.truncated, "skipped_steps": at.skipped}
+    runfolder.write_json(folder / "evaluation.json", left)
     status.finished(folder)
-    return quality
 
 
 def prepare(
@@ -285,80 +343,6 @@ def decisive(state: Training) -> dict[str, Any]:
         found |= {"train.micro_batch_tokens": state.budget, "model.device": device, "train.compile": compiled}
         found["processes"] = state.world.size
     return found
-
-
-def fitting_step(
-    state: Training, step: int, micros: list[Micro], stop: Session, say: Callable[[str], None]
-) -> tuple[float, float]:
-    """`one_step`, done again in a cheaper way if memory runs out. Raises RoomError if there is none."""
-    while True:
-        if micros and micros[0].budget != state.budget:  # they were made before memory ran out
-            _, micros, _ = micro_batches(state, step)
-        with suppress(torch.OutOfMemoryError):  # outside it, nothing that filled the memory is held any more
-            return one_step(state, step, micros, stop)
-        room.fall_back(state, micros, say)
-
-
-def one_step(state: Training, step: int, micros: list[Micro], stop: Session) -> tuple[float, float]:
-    """One optimiser step over all its micro-batches, and those of all ranks. Returns the mean loss and the gradient's
-    norm before clipping; `stop` then knows what all agreed on.
-
-    Raises NonFiniteError, on all ranks, before anything is changed.
-    """
-    # Dropout is a function of the step and the rank, not of history.
-    torch.manual_seed(state.run.train.seed * 1_000_003 + state.plan.number(step) + (state.world.rank << 48))
-    size = len(state.plan.rows(step))
-    total: float | Tensor = 0.0
-    for micro in micros:
-        total = total + backward(state, micro, size)
-    summed = state.world.reduce(state.parameters, total, float(stop.asked is not None))
-    norm = torch.nn.utils.clip_grad_norm_(state.parameters, state.run.train.max_grad_norm)
-    loss_value, asked, norm_value = torch.cat([summed, norm.reshape(1)]).tolist()
-    stop.agree(asked > 0)
-    if norm_value == 0 and loss_value > 0:  # a loss of exactly 0 has nothing left to teach
-        raise NonFiniteError(f"step {step + 1:,}: the gradient is exactly zero, so nothing would be learnt")
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        ids = [state.train.ids[i] for i in state.plan.rows(step)]
-        what = "loss" if not math.isfinite(loss_value) else "gradient"
-        raise NonFiniteError(
-            f"step {step + 1:,}: the {what} is not finite (loss {loss_value}, gradient norm {norm_value}). Nothing of "
-            f"this step was kept. Rows: {', '.join(ids)}. Start another run (another `out`) with a lower train.lr, a "
-            f"smaller train.max_grad_norm, or model.base = 'bf16' or 'fp32'; train.start_from = '{state.run.out}/best' "
-            "goes on from the best adapter, once there is one"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = state.plan.lr(step)
-    try:
-        state.optimizer.step()
-    except torch.OutOfMemoryError as error:  # some weights may have changed: the step cannot be done again
-        raise RoomError(
-            f"step {step + 1:,}: memory ran out while weights were changed; the same command goes on from the last "
-            f"checkpoint. A lower train.memory_gib or train.micro_batch_tokens leaves more room ({error})"
-        ) from None
-    state.optimizer.zero_grad(set_to_none=state.graphs is None)
-    return loss_value, norm_value
-
-
-def backward(state: Training, micro: Micro, size: int) -> Tensor:
-    """Adds the gradients of a micro-batch's share of the mean loss over `size` rows, and returns that share."""
-    if state.graphs is not None and micro.trie is not None:
-        loss = state.graphs.backward(micro.trie, micro.labels, 1 / size)
-        if loss is not None:
-            return loss
-    loss = micro_loss(state, micro) / size
-    loss.backward()
-    return loss.detach()
-
-
-def micro_loss(state: Training, micro: Micro) -> Tensor:
-    """The label loss of a micro-batch, summed over its rows."""
-    device = state.base.device
-    if micro.trie is not None:
-        logits = label_logits(state.model, micro.trie, device)
-    else:
-        logits = rowwise_logits(state.model, micro.rows, device)
-    labels = torch.from_numpy(micro.labels).to(device, non_blocking=True)
-    return label_loss(logits, labels, state.encoder.frame.answer_ids)
 
 
 def save_adapter(

@@ -1,0 +1,96 @@
+"""A run brought back from its replica: to a new machine, or to one whose own folder is behind or damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import config
+from ..durable import (
+    Damaged,
+    found,
+    make_folder,
+    read_file,
+    read_manifest,
+    sync_folder,
+    verify,
+    write_file,
+    write_folder,
+)
+from ..errors import CheckpointError, ConfigError
+from . import runfolder
+from .checkpoint import Warn, place, replicated, settled
+from .replica import RUN
+
+Same = Callable[[config.Run, int], bool]
+
+
+def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same, warn: Warn) -> int | None:
+    """Brings the run folder to where the replica is, if that is further than the folder's own newest whole checkpoint.
+
+    values, same_so_far: as for `runfolder.start`, the latter given also how many steps are done; a replica of another
+    run is refused before anything is written.
+    The checkpoint is put in place last, so that a fetch that was cut off is begun again. Returns the step that was
+    brought, or None. Raises ConfigError and CheckpointError.
+    """
+    own = _newest_whole(folder / "checkpoints")
+    if own is None and not replica.parent.is_dir():
+        raise ConfigError(
+            f"checkpoint.replica = '{replica}': {replica.parent} is not there. Mount the drive, or make that folder: "
+            f"{folder} has no checkpoint, so without the replica the run would start from its beginning"
+        )
+    wrong = []
+    for step, copy in reversed(replicated(replica, warn)):
+        if own is not None and step <= own:
+            return None
+        try:
+            verify(copy)
+        except Damaged as reason:
+            wrong.append(f"{copy}: {reason}")
+            warn(f"replica {wrong[-1]}. Trying the one before it.")
+            continue
+        _bring(copy, step, folder, values, same_so_far)
+        return step
+    if own is None and wrong and not found(folder / "checkpoints"):
+        raise CheckpointError(
+            f"no checkpoint of the replica is whole: {'; '.join(wrong)}. Wait until the drive shows all of it, put "
+            f"back a whole one, or delete the folder {replica} to start from the beginning."
+        )
+    return None
+
+
+def _newest_whole(checkpoints: Path) -> int | None:
+    for step, path in reversed(settled(checkpoints)):
+        try:
+            verify(path)
+            return step
+        except Damaged:
+            continue  # told when it is loaded
+    return None
+
+
+def _bring(copy: Path, step: int, folder: Path, values: dict[str, Any], same_so_far: Same) -> None:
+    body = read_manifest(copy)
+    files = {name: read_file(copy / name, entry) for name, entry in body["files"].items()}
+    of_run = {name.removeprefix(RUN): data for name, data in files.items() if name.startswith(RUN)}
+    if runfolder.RUN in of_run:
+        before = of_run[runfolder.RUN]
+
+        def same(earlier: config.Run) -> bool:
+            return same_so_far(earlier, step)
+
+        runfolder.check(copy / runfolder.RUN, before, values, same, "checkpoint.replica")
+    make_folder(folder)
+    groups: dict[str, dict[str, bytes]] = {}
+    for name, data in sorted(of_run.items(), key=lambda item: item[0] != runfolder.RUN):  # run.json says whose it is
+        inner, _, last = name.rpartition("/")
+        if inner:
+            groups.setdefault(inner, {})[last] = data
+        else:
+            partial = folder / f".{name}.tmp"
+            write_file(partial, [data])
+            partial.replace(folder / name)
+    sync_folder(folder)
+    for inner, them in groups.items():
+        write_folder(folder / inner, {name: [data] for name, data in them.items()})
+    core = {name: [data] for name, data in files.items() if not name.startswith(RUN)}
+    write_folder(place(folder / "checkpoints", body["step"]), core, body["step"])
