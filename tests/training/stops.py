@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from veritune import cli, config
+from veritune import cli
 from veritune.training import checkpoint, measure, replica, session, trainer
 from veritune.training import step as steps
 
@@ -118,8 +118,7 @@ replica = "{folder / "drive" / out}"
 
 
 def main(folder: Path, model: str, data: str, stages: list[str]) -> None:
-    # What takes long to import. Nothing of polars may run here: its threads do not survive a fork.
-    trainer.load.load_base(config.Model(path=model, base="fp32", device="cpu"))
+    # Nothing of polars may run here: its threads do not survive a fork.
     pid, _ = child("", trained(folder, model, data, "whole"), folder / "whole.txt")
     assert os.waitpid(pid, 0)[1] == 0, (folder / "whole.txt").read_text()
     want = (folder / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
