@@ -8,8 +8,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "veritune"
 # Each may import those before it, and itself. `__init__` (the version) is free to all.
 ORDER = (
-    "errors", "redact", "suggest", "durable", "config", "starter", "flags", "data", "tokens", "model", "quality",
-    "track", "trackers", "training", "report", "demo", "cli", "__main__",
+    "errors", "redact", "suggest", "durable", "sweepkeys", "config", "starter", "flags", "data", "tokens", "model",
+    "quality", "track", "trackers", "training", "search", "report", "demo", "cli", "__main__",
 )  # fmt: skip
 MOST_LINES = 400
 FILES = sorted(SOURCE.rglob("*.py"))

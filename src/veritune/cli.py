@@ -27,6 +27,7 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
   veritune init RUN.toml                a run file to start from, every key explained
   veritune plan RUN.toml                phases, steps, learning rate, time and cost of a run, before it runs
   veritune train RUN.toml               dataset + base model -> a LoRA adapter, measured while it trains
+  veritune sweep RUN.toml               many short runs with other settings -> the best as a run file
   veritune evaluate ADAPTER DATA        accuracy with interval, AUROC, calibration, by any column
   veritune score ADAPTER FILE --out F   the same rows with P(correct) added
   veritune submit ADAPTER TEST --out F  a competition's submission file
@@ -147,6 +148,13 @@ def several(args: Sequence[str]) -> tuple[int, list[str]]:
     if count > 1 and "WORLD_SIZE" in os.environ:
         raise ConfigError(f"--gpus {count}: torchrun has started processes already; leave one of the two out")
     return count, left
+
+
+def sweep(args: Sequence[str]) -> None:
+    """Searches settings around a run file; flags override the file's keys."""
+    from .search import command
+
+    command.sweep(args, console)
 
 
 def evaluate(
@@ -321,6 +329,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "schema": schema,
     "plan": plan,
     "train": train,
+    "sweep": sweep,
     "evaluate": evaluate,
     "score": score,
     "submit": submit,
@@ -347,8 +356,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         if name not in VERBS:
             raise ConfigError(f"there is no verb {name!r}; the verbs are {', '.join(VERBS)}")
-        if name in ("plan", "train"):
-            (plan if name == "plan" else train)(args)
+        if name in ("plan", "train", "sweep"):
+            VERBS[name](args)
         else:
             check(args, names(VERBS[name]), f"veritune {name}")
             tyro.cli(VERBS[name], args=args, prog=f"veritune {name}")

@@ -1,8 +1,9 @@
 """Every setting, declared once: frozen, validated, unknown keys refused.
 
 A run file is TOML with these tables: `[data]`, `[model]`, `[prompt]`, `[lora]`, `[train]`, `[strategy]`,
-`[[phases]]`, `[validation]`, `[checkpoint]`, `[session]`, `[track]`. Flags override it under the same names
-(`--train.lr 1e-4`). What a key means stands under it here and is what `veritune train --help` prints.
+`[[phases]]`, `[validation]`, `[checkpoint]`, `[session]`, `[track]`; and `[sweep]`, which `veritune train` checks and
+leaves alone. Flags override it under the same names (`--train.lr 1e-4`). What a key means stands under it here and is
+what `veritune train --help` prints.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from .errors import ConfigError, MissingError
 from .redact import holds_secret
 from .suggest import did_you_mean, nearest
+from .sweepkeys import Sweep
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstrings=True)
@@ -346,22 +348,30 @@ def _explain(cls: Any, item: Any) -> str:
     return f"{key} = {item['input']!r}: {item['msg'].lower()}"
 
 
-def read_run(path: Path, overrides: dict[str, Any] | None = None) -> Run:
-    """Reads a run file; `overrides` are dotted keys (`{"train.lr": 1e-4}`) that win over it."""
+def read_run(path: Path) -> Run:
+    """Reads a run file."""
+    return read_sweep(path)[0]
+
+
+def read_sweep(path: Path) -> tuple[Run, Sweep, dict[str, Any]]:
+    """Reads a run file: the run, how to search around it, and the content of its `[sweep.space]`, unchecked."""
+    values = read_toml(path)
+    searched = values.pop("sweep", {})
+    space = searched.pop("space", {}) if isinstance(searched, dict) else {}
+    run = build(Run, values, str(path))
+    if not isinstance(searched, dict) or not isinstance(space, dict):
+        raise ConfigError(f"{path}: [sweep] and [sweep.space] must be tables")
+    return run, build(Sweep, searched, f"{path}: [sweep]"), space
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's content. Raises MissingError or ConfigError."""
     if not path.is_file():
         raise MissingError(f"{path}: no such run file")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for key, value in (overrides or {}).items():
-        table, names = values, key.split(".")
-        for name in names[:-1]:
-            table = table.setdefault(name, {})
-            if not isinstance(table, dict):
-                raise ConfigError(f"{path}: {name!r} must be a table")
-        table[names[-1]] = value
-    return build(Run, values, str(path))
 
 
 def as_dict(settings: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import config
 from ..errors import ConfigError, MissingError, ModelError
+from ..tokens.encode import Ids
 from ..tokens.trie import build
 from . import attention, gguf, hub
 from .verdict import label_logits, rowwise_logits
@@ -46,6 +47,8 @@ class Base:
     """What `check_paths` has found, by the length of rows."""
     stock: str | None = None
     """The attention that the model had before it."""
+    ids: dict[str, Ids] | None = None
+    """Token ids of the texts encoded so far, for who sets it to {} to train on the same rows again and again."""
 
 
 def pick_device(name: str) -> torch.device:

@@ -32,6 +32,8 @@ class Encoder:
     middle: Ids
     suffix: Ids
     cut: Ids
+    known: dict[str, Ids] | None = None
+    """Ids of contents encoded before, for those who encode the same rows again and again."""
 
     def rows(self, questions: Sequence[str], solutions: Sequence[str]) -> tuple[list[Ids], list[bool]]:
         """Ids of each row, int32 [its tokens], up to the token before the label; and whether it was cut to fit."""
@@ -52,6 +54,13 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of contents, none of them a control token. Raises DataError if a text is not valid Unicode or a tokenizer
         cannot spell it out."""
+        if self.known is None:
+            return self._texts(texts)
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        self.known.update(zip(new, self._texts(new), strict=True))
+        return [self.known[text] for text in texts]
+
+    def _texts(self, texts: Sequence[str]) -> list[Ids]:
         try:
             encoded = self.content.encode_batch(list(texts), add_special_tokens=False)
         except TypeError:  # what tokenizers says to half of a surrogate pair

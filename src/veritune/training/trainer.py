@@ -48,6 +48,9 @@ class Training:
     budget: int
     """Tokens computed at once."""
     about: adapter.About
+    watch: "Watch | None" = None
+    adapters: bool = True
+    """Whether adapters are saved."""
     recomputed: int = 0
     """Layers, from the first, whose activations are computed again in the backward pass."""
     planned: room.Planned | None = None
@@ -84,18 +87,26 @@ class Training:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
+Watch = Callable[[Training, int, dict[str, Any]], None]
+"""Called with finished steps and what metrics.jsonl got for them. What it raises ends the run there."""
+
+
 def train(
     run: config.Run,
     console: Console,
     base: load.Base | None = None,
     then: Callable[[Training], None] | None = None,
+    *,
+    watch: Watch | None = None,
+    adapters: bool = True,
 ) -> dict[str, Any]:
     """Trains one run, or goes on with it, and returns the last validation's figures; see `quality.metrics.measure`.
 
     The run folder then holds `adapter/` (the last weights), `best/` (the lowest validation log loss), `metrics.jsonl`
-    and `evaluation.json`. For many runs in one process: `base` is a model that is loaded already (the run's [model] is
-    not read) and given back without adapter, its layers compiled; `then` gets the trained run before that. Raises the
-    kinds in `errors`; a stop by signal saves first and raises KeyboardInterrupt.
+    and `evaluation.json`; without `adapters`, the latter two alone. For many runs in one process: `base` is a model
+    that is loaded already (the run's [model] is not read) and given back without adapter, its layers compiled; `then`
+    gets the trained run before that. Raises the kinds in `errors`; a stop by signal saves first and raises
+    KeyboardInterrupt.
     """
     folder = Path(run.out)
     with session(run.session.hours) as stop, distributed.join(run.model.device) as world:
@@ -106,7 +117,7 @@ def train(
                 for name in ("adapter", "best"):
                     settle(folder / name)
             check(run.track)
-            state = prepare(run, console, base, world)
+            state = replace(prepare(run, console, base, world), watch=watch, adapters=adapters)
             quality = work(state, folder, console, stop)
             if then is not None:
                 then(state)
@@ -171,7 +182,7 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
                         at.truncated += cut
                         rows = len(state.plan.rows(step))
                         line = {"loss": loss, "lr": state.plan.lr(step), "grad_norm": norm, "rows": rows}
-                        tracker.log(at.done, **line, seconds=seconds, **({} if applied else {"skipped": True}))
+                        log(state, tracker, at.done, **line, seconds=seconds, **({} if applied else {"skipped": True}))
                     if applied:
                         display.step(at.done, loss, rows, seconds)
                     else:
@@ -207,7 +218,7 @@ def after_step(
     if last and state.world.first:
         with stop.whole():
             finish(state, at, folder)
-    if ended or at.done % run.checkpoint.every == 0:
+    if (ended and state.adapters) or at.done % run.checkpoint.every == 0:
         save(state, at, tracker, saver, stop)
 
 
@@ -246,7 +257,7 @@ def keep(
 ) -> None:
     """Writes down what was measured after a step, and the best adapter if it is that."""
     at.validated, at.quality = at.done, quality
-    tracker.log(at.done, validation=quality, **({"probes": probes} if probes else {}))
+    log(state, tracker, at.done, validation=quality, **({"probes": probes} if probes else {}))
     display.validation(at.done, quality)
     if probes and state.world.first:
         display.probes(probes, write_forgetting(state, folder))
@@ -259,6 +270,13 @@ def keep(
         at.best, at.best_step, at.best_quality = quality["log_loss"], at.done, quality
         state.best = copies(adapter.weights(state.model))
         save_adapter(state, folder / "best", at.done, quality, state.best)
+
+
+def log(state: Training, tracker: Any, step: int, **values: Any) -> None:
+    """One line of metrics.jsonl, told to who watches the run."""
+    tracker.log(step, **values)
+    if state.watch:
+        state.watch(state, step, values)
 
 
 def finish(state: Training, at: At, folder: Path) -> None:
@@ -280,7 +298,7 @@ def prepare(
         base = base or load.load_base(run.model)
         load.check_length(base, run.prompt.max_length)
         words = prompt.render(run.prompt, base.tokenizer)
-        rows_encoder = encoder(words, base.tokenizer)
+        rows_encoder = replace(encoder(words, base.tokenizer), known=base.ids)
         reason = load.check_paths(base, run.prompt.max_length)
     if reason:
         said = f"{base.path}: rows are computed one by one, slowly, because {reason}"
@@ -352,7 +370,7 @@ def save_adapter(
 
     Raises NonFiniteError and CheckpointError.
     """
-    if not state.world.first:
+    if not (state.adapters and state.world.first):
         return
     card = runfolder.card(state.run, state.base.path, state.about.data, step, quality)
     files = adapter.files(state.model, state.about, card)

@@ -1,0 +1,371 @@
+"""What a sweep's workers share: an Optuna study in SQLite or PostgreSQL, and the rules by which trials change hands.
+
+Every trial belongs to one worker at a time. All that decides (taking a trial, reporting, finishing) happens under one
+lock of the whole sweep and asks first whether the trial is still the worker's own, so a worker that was thought dead
+and comes back changes nothing. A dead worker's trial waits for the next one under the same number: none is lost, none
+is there twice.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.exceptions import OptunaError
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+
+from .. import config
+from ..errors import ConfigError, MissingError
+from .space import Axis
+
+BEAT = 5.0
+"""Seconds between two signs of life."""
+GRACE = 60.0
+"""Seconds without one after which a worker on another machine counts as dead."""
+TRIES = 5
+"""How often in a row a trial may end its worker's life without having validated once more."""
+State = Literal["complete", "pruned", "diverged", "failed"]
+TOLD = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED,
+        "failed": TrialState.FAIL}  # fmt: skip
+
+
+class Lost(Exception):
+    """The trial has another worker by now."""
+
+
+@dataclass
+class Taken:
+    """A trial in this worker's hands."""
+
+    trial: Trial
+    params: dict[str, Any]
+    """Dotted keys and their values."""
+    info: dict[str, Any]
+    curve: list[dict[str, Any]]
+
+    @property
+    def number(self) -> int:
+        return self.trial.number
+
+
+@dataclass
+class Board:
+    """A sweep as one worker sees it; make it with `open_board`."""
+
+    study: optuna.Study
+    storage: optuna.storages.RDBStorage
+    settings: config.Sweep
+    axes: list[Axis]
+    folder: Path
+    me: str = field(default_factory=lambda: uuid.uuid4().hex)
+    seen: dict[int, tuple[str, int, float]] = field(default_factory=dict)
+    """Of trials on other machines: the worker, its last sign of life, and when that was first seen here."""
+    mutex: threading.RLock = field(default_factory=threading.RLock)
+    life: Any = None
+
+    def take(self) -> Taken | bool:
+        """The next trial. False: there is none left; True: none now, but a running one may yet come back."""
+        with self.locked():
+            self.reclaim()
+            trials = self.trials()
+            waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
+            if not waiting and len(trials) >= self.settings.trials:
+                return any(not trial.state.is_finished() for trial in trials)
+            number = waiting[0] if waiting else len(trials)
+            trial = self.study.ask()
+            info = {"attempts": 0, "idle": 0, **trial.user_attrs.get("info", {})}
+            info |= {"worker": self.me, "host": f"{socket.gethostname()}:{os.getpid()}"}
+            info |= {"attempts": info["attempts"] + 1, "idle": info["idle"] + 1}
+            trial.set_user_attr("info", info)
+            drawn = {axis.key: self.draw(trial, axis, number, i) for i, axis in enumerate(self.axes)}
+            return Taken(trial, self.params(drawn), info, trial.user_attrs.get("curve", []))
+
+    def draw(self, trial: Trial, axis: Axis, number: int, place: int) -> Any:
+        """A trial's value on an axis: a function of the seed, the trial's number and, for TPE, the trials before it."""
+        seed = int(np.random.SeedSequence((self.settings.seed, number, place)).generate_state(1)[0])
+        self.study.sampler = sampler(self.settings, seed)
+        if axis.kind == "choice":
+            return trial.suggest_categorical(axis.key, [name(value) for value in axis.values])
+        low, high = axis.values
+        draw = trial.suggest_int if axis.whole else trial.suggest_float
+        return draw(axis.key, low, high, log=axis.kind == "log")
+
+    def params(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """Values of settings from what Optuna holds of a trial."""
+        choices = {
+            axis.key: {name(value): value for value in axis.values} for axis in self.axes if axis.kind == "choice"
+        }
+        return {key: choices[key][value] if key in choices else value for key, value in drawn.items()}
+
+    def report(self, taken: Taken, entry: dict[str, Any], rung: int, *, last: bool) -> bool:
+        """Keeps a validation; `rung` of `settings.validations` are behind it. Returns whether the trial is to stop."""
+        taken.curve = [point for point in taken.curve if point["step"] < entry["step"]] + [entry]
+        with self.own(taken):
+            taken.info["idle"] = 0
+            taken.trial.set_user_attr("info", taken.info)
+            taken.trial.set_user_attr("curve", taken.curve)
+            if rung not in self.storage.get_trial(taken.trial._trial_id).intermediate_values:
+                taken.trial.report(entry["log_loss"], rung)
+            return not last and taken.trial.should_prune()
+
+    def finish(self, taken: Taken, state: State, error: str | None = None) -> None:
+        """Records a trial's end."""
+        with self.own(taken):
+            taken.trial.set_user_attr("info", taken.info | {"state": state, "error": error})
+            value = min(point["log_loss"] for point in taken.curve) if state == "complete" else None
+            self.study.tell(taken.trial, value, TOLD[state])
+
+    def release(self, taken: Taken) -> None:
+        """Gives a trial back, for whoever takes one next."""
+        with suppress(Lost), self.own(taken):
+            taken.trial.set_user_attr("info", taken.info | {"idle": 0})
+            self.storage.set_trial_state_values(taken.trial._trial_id, TrialState.WAITING)
+
+    def reclaim(self) -> None:
+        """Gives up the trials of dead workers. Call under the lock."""
+        for trial in self.trials(TrialState.RUNNING):
+            if not self.alive(trial):
+                self.give_up(trial)
+
+    def give_up(self, trial: FrozenTrial) -> None:
+        """A dead worker's trial waits again, or has failed if that is all it does."""
+        info = trial.user_attrs.get("info", {})
+        if info.get("idle", 0) >= TRIES:
+            error = f"ended {TRIES} workers in a row without a validation"
+            self.storage.set_trial_user_attr(trial._trial_id, "info", info | {"state": "failed", "error": error})
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        else:
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+    def alive(self, trial: FrozenTrial) -> bool:
+        """Whether the worker of a running trial lives. Call under the lock."""
+        worker = trial.user_attrs.get("info", {}).get("worker")
+        if worker is None or worker == self.me:
+            return False  # it died while it took the trial, or this worker itself gave it up
+        file = self.folder / "workers" / worker
+        if file.exists():  # it runs, or ran, on this machine: its lock tells
+            return not dead(file)
+        beat = trial.user_attrs.get("beat", 0)
+        known = self.seen.get(trial.number)
+        if known is None or known[:2] != (worker, beat):
+            self.seen[trial.number] = (worker, beat, time.monotonic())
+            return True
+        return time.monotonic() - known[2] < GRACE
+
+    @contextmanager
+    def living(self, taken: Taken) -> Iterator[None]:
+        """Gives signs of life while a trial runs."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not stop.wait(BEAT):
+                count += 1
+                # A database that is away for a while costs this worker its trial only if it is away for GRACE.
+                with suppress(Lost, OptunaError, SQLAlchemyError), self.own(taken):
+                    self.storage.set_trial_user_attr(taken.trial._trial_id, "beat", count)
+            self.storage.remove_session()
+
+        thread = threading.Thread(target=beat, name="veritune-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextmanager
+    def own(self, taken: Taken) -> Iterator[None]:
+        """The sweep's lock, with the trial in this worker's hands. Raises Lost if it no longer is."""
+        with self.locked():
+            now = self.storage.get_trial(taken.trial._trial_id)
+            if now.state != TrialState.RUNNING or now.user_attrs.get("info", {}).get("worker") != self.me:
+                raise Lost(f"trial {taken.number} was taken over by another worker")
+            yield
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One worker of the sweep at a time."""
+        with self.mutex:
+            if self.settings.storage is None:
+                with (self.folder / ".lock").open("a") as handle:
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    yield
+            else:
+                with self.storage.engine.begin() as connection:
+                    # A machine that vanishes while it holds the lock must not keep it.
+                    connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = '60s'"))
+                    key = int.from_bytes(self.study.study_name.encode()[-7:], "big")
+                    connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+                    yield
+
+    def close(self) -> None:
+        """Leaves the sweep; a trial still in this worker's hands waits for the next."""
+        with self.locked():
+            self.reclaim()
+        (self.folder / "workers" / self.me).unlink(missing_ok=True)
+        self.life.close()
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+
+def open_board(
+    settings: config.Sweep, axes: list[Axis], folder: Path, agreed: dict[str, Any], *, join: bool = False
+) -> Board:
+    """Opens a sweep's study, or makes it.
+
+    agreed: what all who work on it must have the same, as flat JSON values. join: the study must be there. Raises
+    ConfigError if the study holds another sweep or cannot be reached.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    (folder / "workers").mkdir(parents=True, exist_ok=True)
+    study_name, database = folder.name, folder / "study.db"
+    if settings.storage is None and join and not database.exists():
+        raise MissingError(f"{folder}: there is no sweep to join; start it without --worker, or name its --storage")
+    if settings.storage is None and not database.exists() and any((folder / "trials").glob("*")):
+        raise ConfigError(f"{folder} holds trials of another sweep: choose another sweep.out, or move it away")
+    storage = open_storage(settings.storage, database)
+    try:
+        if join:
+            study = optuna.load_study(study_name=study_name, storage=storage)
+        else:
+            study = optuna.create_study(study_name=study_name, storage=storage, load_if_exists=True)
+    except KeyError:
+        raise MissingError(
+            f"the storage holds no sweep named {study_name!r} to join; start it without --worker, with this sweep.out"
+        ) from None
+    study.pruner = pruner(settings)
+    board = Board(study, storage, settings, axes, folder)
+    with board.locked():
+        board.reclaim()  # while the lock files tell who is dead
+        for path in (folder / "workers").iterdir():
+            dead(path)
+        board.life = (folder / "workers" / board.me).open("w")
+        fcntl.flock(board.life, fcntl.LOCK_EX)  # until this process ends, however it does
+        before = study.user_attrs.get("agreed")
+        if before is None:
+            study.set_user_attr("agreed", agreed)
+        elif differing := [key for key in agreed | before if agreed.get(key) != before.get(key)]:
+            said = "; ".join(f"{key} was {before.get(key)!r}, is {agreed.get(key)!r}" for key in differing)
+            raise ConfigError(
+                f"{folder} holds a sweep with other settings: {said}. Put them back to go on with it, or choose "
+                "another sweep.out"
+            )
+    return board
+
+
+def dead(file: Path) -> bool:
+    """Whether the worker of this machine that a lock file belongs to has ended; then the file goes. Call under the
+    sweep's lock."""
+    with file.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        file.unlink(missing_ok=True)
+        return True
+
+
+def open_storage(url: str | None, database: Path) -> optuna.storages.RDBStorage:
+    """Optuna's storage: the SQLite file, or a PostgreSQL URL. Raises ConfigError, without the URL's password."""
+    if url is None:
+        with (database.parent / ".lock").open("a") as handle:  # two that make the tables at once would collide
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            return optuna.storages.RDBStorage(
+                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}, skip_compatibility_check=True
+            )
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except ArgumentError:
+        raise ConfigError("sweep.storage is not a URL; write postgresql://USER@HOST/DATABASE") from None
+    if parsed.get_backend_name() != "postgresql":
+        raise ConfigError(f"sweep.storage: {parsed.drivername} is not supported; use postgresql://USER@HOST/DATABASE")
+    parsed = parsed.set(drivername="postgresql+psycopg")
+    hidden = parsed.render_as_string(hide_password=True)
+    for attempt in range(5):
+        try:
+            return optuna.storages.RDBStorage(
+                parsed.render_as_string(hide_password=False), engine_kwargs={"pool_pre_ping": True}
+            )
+        except ImportError as error:
+            raise ConfigError(f"sweep.storage: {error.name} is missing; pip install 'veritune[sweep]'") from None
+        except OperationalError as error:
+            reason = str(error.orig).strip().splitlines()[0]
+            raise ConfigError(f"sweep.storage: {hidden} cannot be reached: {reason}") from None
+        except SQLAlchemyError:  # another worker makes the tables at this moment
+            if attempt == 4:
+                raise
+            time.sleep(1 + attempt)
+    raise AssertionError
+
+
+def sampler(settings: config.Sweep, seed: int) -> optuna.samplers.BaseSampler:
+    """What draws one value."""
+    if settings.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def pruner(settings: config.Sweep) -> optuna.pruners.BasePruner:
+    """What stops a trial that falls behind; its steps are validations."""
+    if settings.pruner == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=settings.reduction)
+    if settings.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(
+            min_resource=1, max_resource=settings.validations, reduction_factor=settings.reduction
+        )
+    return optuna.pruners.NopPruner()
+
+
+def name(value: Any) -> Any:
+    """A choice as Optuna can hold it."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def line(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial as a line of trials.jsonl; see docs/sweep.md."""
+    info, curve = trial.user_attrs.get("info", {}), trial.user_attrs.get("curve", [])
+    best = min(curve, key=lambda point: point["log_loss"], default={})
+    state = info.get("state") if trial.state.is_finished() else trial.state.name.lower()
+    values = {
+        "trial": trial.number,
+        "state": state or "failed",
+        "params": trial.params,
+        **{key: best.get(key) for key in ("log_loss", "auroc", "accuracy")},
+        "best_step": best.get("step"),
+        **{key: info.get(key) for key in ("steps", "steps_done", "rows_done", "seconds")},
+        "curve": curve,
+        "error": info.get("error"),
+        "attempts": info.get("attempts", 0),
+        "worker": info.get("host"),
+        "started": trial.datetime_start and trial.datetime_start.isoformat(timespec="seconds"),
+        "finished": trial.datetime_complete and trial.datetime_complete.isoformat(timespec="seconds"),
+    }
+    return _finite(values)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

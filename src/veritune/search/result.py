@@ -1,0 +1,145 @@
+"""What a sweep leaves: its trials as lines, its results as JSON, its best configuration as a run file, and a table."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__, config
+from ..training.runfolder import FREE, write_json
+from .board import Board, line
+from .space import apply
+
+SHOWN = 10
+
+
+def lines(board: Board) -> list[dict[str, Any]]:
+    """Every trial there is, by number; see docs/sweep.md."""
+    return [line(trial) for trial in board.trials()]
+
+
+def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The complete trial with the lowest validation log loss."""
+    complete = [trial for trial in trials if trial["state"] == "complete"]
+    return min(complete, key=lambda trial: trial["log_loss"], default=None)
+
+
+def write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
+    """Writes trials.jsonl, results.json and, once a trial is complete, best.toml. Returns the trials."""
+    trials = lines(board)
+    partial = board.folder / "trials.tmp"
+    partial.write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
+    partial.replace(board.folder / "trials.jsonl")
+    best = best_of(trials)
+    settings = config.as_dict(board.settings) | {"storage": board.settings.storage and board.storage.engine.name}
+    results = {
+        "veritune": __version__,
+        "sweep": settings,
+        "space": {axis.key: axis.as_json() for axis in board.axes},
+        "run": config.as_dict(run),
+        "rows": rows,
+        "states": dict(Counter(trial["state"] for trial in trials)),
+        "seconds": round(sum(trial["seconds"] or 0 for trial in trials), 3),
+        "best": best and {key: value for key, value in best.items() if key != "curve"},
+    }
+    write_json(board.folder / "results.json", results)
+    if best:
+        partial = board.folder / "best.tmp"
+        partial.write_text(run_file(board, run, best, rows), encoding="utf-8")
+        partial.replace(board.folder / "best.toml")
+    return trials
+
+
+def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> str:
+    """The run file of the best trial: the sweep's own run file with the values it found."""
+    found = apply(run, board.params(best["params"]))
+    default, values = config.as_dict(config.Run(out="")), config.as_dict(found)
+    count = sum(trial.state.is_finished() for trial in board.trials())
+    text = [
+        f"# The best of {count} trials of {board.folder.name}: trial {best['trial']}, validation log loss "
+        f"{best['log_loss']:.4f},",
+        f"# AUROC {best['auroc'] or float('nan'):.4f}, after {best['best_step']} steps on {rows:,} rows.",
+        f"#   veritune train {board.folder / 'best.toml'}",
+        f"out = {toml(found.out)}",
+    ]
+    for table, content in values.items():
+        if not isinstance(content, dict):
+            continue
+        wanted = {
+            key: value
+            for key, value in content.items()
+            if value is not None and (value != default[table][key] or f"{table}.{key}" in best["params"])
+        }
+        if wanted:
+            text += ["", f"[{table}]", *(f"{key} = {toml(value)}" for key, value in wanted.items())]
+    return "\n".join(text) + "\n"
+
+
+def toml(value: Any) -> str:
+    """A TOML value."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items() if item is not None) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def tell(trial: dict[str, Any], best: dict[str, Any] | None, console: Console) -> None:
+    """One line for a trial that ended."""
+    figures = f", log loss {trial['log_loss']:.4f}, AUROC {shown(trial['auroc'])}" if trial["curve"] else ""
+    done = f", {trial['steps_done']}/{trial['steps']} steps in {trial['seconds']:.1f} s" if trial["steps"] else ""
+    mark = "; the best so far" if best and best["trial"] == trial["trial"] else ""
+    why = f": {trial['error']}" if trial["state"] == "failed" else ""
+    text = f"trial {trial['trial']}: {trial['state']}{figures}{done}{mark}{why}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show(board: Board, trials: list[dict[str, Any]], console: Console) -> None:
+    """The best trials as a table, and what became of all."""
+    ranked = sorted((t for t in trials if t["state"] == "complete"), key=lambda trial: trial["log_loss"])
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    keys = [axis.key for axis in board.axes]
+    for heading in ("trial", "log loss", "AUROC", "accuracy", "s", *(key.rpartition(".")[2] for key in keys)):
+        table.add_column(heading)
+    for trial in ranked[:SHOWN]:
+        table.add_row(
+            str(trial["trial"]),
+            *(shown(trial[key]) for key in ("log_loss", "auroc", "accuracy")),
+            f"{trial['seconds']:.0f}",
+            *(shown(trial["params"].get(key)) for key in keys),
+        )
+    if ranked:
+        console.print(table)
+    counts = Counter(trial["state"] for trial in trials)
+    total = sum(trial["seconds"] or 0 for trial in trials)
+    console.print(
+        f"{len(trials)} trials, {total:.0f} s of training and validation: "
+        + ", ".join(f"{count} {state}" for state, count in counts.most_common()),
+        highlight=False,
+    )
+
+
+def shown(value: Any) -> str:
+    """A figure or setting, short."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def agreed(
+    run: config.Run, settings: config.Sweep, space: dict[str, Any], fingerprint: str, rows: int
+) -> dict[str, Any]:
+    """What all workers of a sweep must have the same, flat. Where the model and the data lie may differ."""
+    flat = config.flat(config.as_dict(run))
+    values = {key: value for key, value in flat.items() if not key.startswith(FREE) and key not in space}
+    values["validation.rows"] = run.validation.rows
+    values["model.path"] = Path(run.model.path).name
+    searched = {
+        f"sweep.{key}": getattr(settings, key) for key in ("sampler", "pruner", "reduction", "validations", "seed")
+    }
+    return values | searched | {"space": space, "rows": rows, "data": fingerprint}

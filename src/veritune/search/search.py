@@ -1,0 +1,203 @@
+"""`veritune sweep`: workers that take trials from a board until none is left, here and on any number of machines."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import config
+from ..data import dataset
+from ..errors import ConfigError, DataError, VerituneError
+from . import result, space
+from .board import Board, open_board
+from .trial import Desk, NoMemory, lives_with, run_trial
+
+PAUSE = 1.0
+"""Seconds between two looks at what others do."""
+NO_MEMORY = 75
+"""The exit code of a worker that found no room beside the others."""
+SAME_FAILURE = 3
+"""So many failures alike, and nothing else, and the sweep stops."""
+
+
+def sweep(
+    run: config.Run,
+    settings: config.Sweep,
+    declared: dict[str, Any],
+    console: Console,
+    *,
+    worker: bool = False,
+    where: str = "sweep",
+) -> dict[str, Any] | None:
+    """Searches around a run's settings, or goes on with that, and returns the best trial's line of trials.jsonl.
+
+    declared: the content of `[sweep.space]`. worker: join a sweep that is there, and leave its results to whoever
+    started it. Raises the kinds in `errors` before anything starts if something cannot be right.
+    """
+    axes = space.read(declared, run, where)
+    data = dataset.load(Path(run.data.path))
+    rows = min(settings.rows or len(data.train), run.data.rows or len(data.train), len(data.train))
+    if not rows or data.validation.is_empty():
+        raise DataError(f"{run.data.path}: a sweep needs rows in both train and validation")
+    folder = Path(settings.out or f"{run.out.rstrip('/')}-sweep")
+    shared = {axis.key: axis.as_json() for axis in axes}
+    same = result.agreed(run, settings, shared, data.fingerprint, rows)
+    board = open_board(settings, axes, folder, same, join=worker)
+    try:
+        progress = Progress(board, run, rows, console)
+        if settings.at_once == 1:
+            with stoppable():
+                work(board, run, rows, Desk(), lambda: None, progress.look, alone=True)
+        else:
+            many(board, run, rows, same, progress)
+        trials = result.lines(board) if worker else result.write(board, run, rows)
+        best = result.best_of(trials)
+        if not worker:
+            result.show(board, trials, console)
+    finally:
+        board.close()
+    said = (
+        f"next: veritune train {folder / 'best.toml'}" if best else "no trial was completed, so there is no best.toml"
+    )
+    if not worker:
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    return best
+
+
+class Progress:
+    """Tells of trials as they end, and keeps the sweep's files up to date."""
+
+    def __init__(self, board: Board, run: config.Run, rows: int, console: Console) -> None:
+        self._board, self._run, self._rows, self.console = board, run, rows, console
+        self._told = {trial.number for trial in board.trials() if trial.state.is_finished()}
+        if self._told:
+            console.print(f"going on after {len(self._told)} of {board.settings.trials} trials", highlight=False)
+
+    def look(self) -> None:
+        """Call now and then. Raises ConfigError if the first trials have all failed alike."""
+        ended = {trial.number for trial in self._board.trials() if trial.state.is_finished()}
+        if not ended - self._told:
+            return
+        trials = result.write(self._board, self._run, self._rows)
+        for number in sorted(ended - self._told):
+            result.tell(trials[number], result.best_of(trials), self.console)
+        self._told = ended
+        finished = [trials[number] for number in ended]
+        errors = {trial["error"] for trial in finished if trial["state"] == "failed"}
+        if len(finished) >= SAME_FAILURE and len(errors) == 1 and all(t["state"] == "failed" for t in finished):
+            raise ConfigError(f"the first {len(finished)} trials have all failed: {errors.pop()}")
+
+
+def work(
+    board: Board,
+    run: config.Run,
+    rows: int,
+    desk: Desk,
+    alive: Callable[[], None],
+    look: Callable[[], None],
+    *,
+    alone: bool,
+) -> None:
+    """Runs trials until none is left; the base model is loaded once. `alone`: no other worker is on the device."""
+    while (taken := board.take()) is not False:
+        if taken is True:
+            time.sleep(PAUSE)
+            alive()
+        else:
+            run_trial(board, taken, run, rows, desk, alive, alone=alone)
+        look()
+
+
+def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progress: Progress) -> None:
+    """Runs `settings.at_once` workers as processes of this machine, and waits for them."""
+    context = multiprocessing.get_context("spawn")
+    one = replace(board.settings, at_once=1)
+    arguments = (run, one, board.axes, board.folder, same, rows, os.getpid())
+    workers = [context.Process(target=child, args=arguments, name=f"worker {i}") for i in range(one_or_more(board))]
+    with stoppable():
+        try:
+            for process in workers:
+                process.start()
+            left = len(workers)
+            while any(process.is_alive() for process in workers):
+                time.sleep(PAUSE)
+                progress.look()
+                ended = [process for process in workers if process.exitcode not in (None, 0)]
+                if len(workers) - len(ended) < left:
+                    left = len(workers) - len(ended)
+                    why = "found no memory" if ended[-1].exitcode == NO_MEMORY else f"ended ({ended[-1].exitcode})"
+                    progress.console.print(f"a worker {why}; {left} go on", style="yellow", highlight=False)
+        finally:
+            for process in workers:
+                if process.is_alive():
+                    process.terminate()  # a first signal: it saves, gives its trial back and ends
+            for process in workers:
+                if process.pid:
+                    process.join()
+    progress.look()
+    trials = board.trials()
+    if any(not trial.state.is_finished() for trial in trials) or len(trials) < board.settings.trials:
+        if any(process.exitcode == NO_MEMORY for process in workers):
+            work(
+                board, run, rows, Desk(), lambda: None, progress.look, alone=True
+            )  # alone on the device, or not at all
+        else:
+            raise VerituneError(
+                f"{board.folder}: all workers have ended before the sweep had; trials/*.log say why. The same command "
+                "goes on with it"
+            )
+
+
+def one_or_more(board: Board) -> int:
+    """Workers to start: no more than there are trials left."""
+    done = sum(trial.state.is_finished() for trial in board.trials())
+    return max(1, min(board.settings.at_once, board.settings.trials - done))
+
+
+def child(
+    run: config.Run,
+    settings: config.Sweep,
+    axes: list[space.Axis],
+    folder: Path,
+    same: dict[str, Any],
+    rows: int,
+    parent: int,
+) -> None:
+    """A worker process; it ends when its parent does."""
+    try:
+        board = open_board(settings, axes, folder, same, join=True)
+        with stoppable():
+            work(board, run, rows, Desk(), lives_with(parent), lambda: None, alone=False)
+        board.close()
+    except NoMemory:
+        raise SystemExit(NO_MEMORY) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except VerituneError as error:
+        with (folder / "trials" / f"worker-{os.getpid()}.log").open("w", encoding="utf-8") as log:
+            log.write(f"{error}\n")
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM ends a block as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = None
+    with suppress(ValueError):  # not in the main thread: then whoever runs it there decides
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,148 @@
+"""What a sweep searches: settings under their dotted names, each with a range, a log range or a choice.
+
+    [sweep.space]
+    train.lr = { log = [1e-6, 5e-1] }
+    train.warmup_ratio = { range = [0.0, 0.2] }
+    train.optimizer = { choice = ["adamw_torch", "lion_8bit"] }
+
+Everything is checked before anything starts: each end of a range and each choice is put into the run's settings, which
+must take it.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .. import config
+from ..errors import ConfigError
+
+Value = Any
+KINDS = ("range", "log", "choice")
+# What trials must agree in, to be compared and to share one loaded model; and what has no part in the result.
+FIXED = ("out", "data.", "model.", "validation.", "checkpoint.", "track.", "train.start_from", "train.compile",
+         "train.micro_batch_tokens", "train.gradient_checkpointing")  # fmt: skip
+# The search of the competition entry that veritune grew out of.
+DEFAULT: dict[str, dict[str, list[Value]]] = {
+    "train.lr": {"log": [1e-6, 5e-1]},
+    "train.optimizer": {"choice": ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "lion_8bit"]},
+    "train.schedule": {"choice": ["linear", "cosine", "cosine_with_restarts"]},
+    "train.max_grad_norm": {"range": [0.3, 2.0]},
+    "train.warmup_ratio": {"range": [0.0, 0.2]},
+    "train.weight_decay": {"range": [0.0, 0.1]},
+    "train.batch_size": {"choice": [8, 16, 32]},
+    "train.gradient_accumulation": {"choice": [1, 2, 4]},
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting and the values it can take."""
+
+    key: str
+    kind: Literal["range", "log", "choice"]
+    values: tuple[Value, ...]
+    """The two ends, both included, or the choices."""
+    whole: bool = False
+    """Only whole numbers between the ends."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {self.kind: list(self.values)}
+
+
+def read(declared: Mapping[str, Any], run: config.Run, where: str) -> list[Axis]:
+    """The axes of a `[sweep.space]` table, sorted by key; `DEFAULT` if it is empty.
+
+    Raises ConfigError that names each key that is not a setting, cannot be searched, or has values that the setting
+    does not take.
+    """
+    leaves = _leaves(declared) if declared else DEFAULT
+    known = [key for key in config.keys(config.Run) if not key.startswith(FIXED)]
+    problems: list[str] = []
+    axes = []
+    for key, spec in sorted(leaves.items()):
+        if key not in known:
+            problems.append(_unknown(key, known))
+            continue
+        try:
+            axes.append(_axis(key, spec, run))
+        except ConfigError as error:
+            problems.append(str(error))
+    if not problems:
+        problems = [found for end in (0, -1) if (found := _refused(run, {axis.key: axis.values[end] for axis in axes}))]
+    if problems:
+        raise ConfigError(f"{where}: [sweep.space]: {'; '.join(problems)}")
+    return axes
+
+
+def apply(run: config.Run, params: Mapping[str, Value]) -> config.Run:
+    """The run with other values under dotted keys. Raises ConfigError if it does not take them."""
+    values = config.as_dict(run)
+    for key, value in params.items():
+        table, *rest = key.split(".")
+        inner = values[table]
+        for name in rest[:-1]:
+            inner = inner[name]
+        inner[rest[-1]] = value
+    return config.build(config.Run, values, "sweep")
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a table, quoted or nested in the file, down to what can only be a specification."""
+    out: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict) and value and not set(value) & set(KINDS):
+            out |= _leaves(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def _axis(key: str, spec: Any, run: config.Run) -> Axis:
+    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
+        raise ConfigError(
+            f"{key} must be {{ range = [a, b] }}, {{ log = [a, b] }} or {{ choice = [...] }}, not {spec!r}"
+        )
+    kind, values = next(iter(spec.items()))
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{key}: {kind} must be a list of values, not {values!r}")
+    if kind == "choice":
+        if len({json.dumps(value) for value in values}) < len(values):
+            raise ConfigError(f"{key}: {values!r} has a choice twice")
+    else:
+        if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+            raise ConfigError(f"{key}: {kind} must be two numbers, not {values!r}")
+        low, high = values
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ConfigError(f"{key}: {kind} must go from a lower to a higher number, not {values!r}")
+        if kind == "log" and low <= 0:
+            raise ConfigError(f"{key}: a log range cannot start at {low!r}; start above 0")
+    for value in values:
+        if problem := _refused(run, {key: value}):
+            raise ConfigError(problem)
+    if kind == "choice":
+        return Axis(key, kind, tuple(values))
+    low, high = values
+    between = low + 0.31830988 * (high - low)  # no whole number, whatever the ends
+    if _refused(run, {key: between}) is None:
+        return Axis(key, kind, (float(low), float(high)))
+    return Axis(key, kind, (int(low), int(high)), whole=True)
+
+
+def _refused(run: config.Run, params: Mapping[str, Value]) -> str | None:
+    """Why the settings do not take these values, if they do not."""
+    try:
+        apply(run, params)
+    except ConfigError as error:
+        return str(error).removeprefix("sweep: ")
+    return None
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    if key in config.keys(config.Run):
+        return f"{key} cannot be searched: all trials share it"
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

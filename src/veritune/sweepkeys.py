@@ -1,0 +1,34 @@
+"""The keys of a run file's `[sweep]` table."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Sweep:
+    """How settings are searched for. What is searched stands in `[sweep.space]`; see `search.space`."""
+
+    out: str | None = None
+    """The sweep folder; by default the run's `out` with `-sweep` behind it."""
+    trials: Annotated[int, Field(ge=1)] = 31
+    """Configurations to try."""
+    rows: Annotated[int | None, Field(ge=1)] = 10_000
+    """Every trial trains on the first N rows of the prepared order."""
+    sampler: Literal["random", "tpe"] = "random"
+    """random: drawn independently. tpe: drawn where earlier trials were good (Bergstra et al. 2011)."""
+    pruner: Literal["none", "asha", "hyperband"] = "none"
+    """Stop trials whose validation loss falls behind. asha: Li et al. 2020; hyperband: Li et al. 2018."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """asha, hyperband: one trial of N goes on at each rung, and the next rung is N times as far."""
+    validations: Annotated[int, Field(ge=1)] = 9
+    """Validations of a trial, evenly spaced; the first rung is at the first of them."""
+    patience: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """A trial has diverged when its loss stays 10 % over the start's for this part of its steps, or is not finite."""
+    at_once: Annotated[int, Field(ge=1)] = 1
+    """Trials that run at once on this machine, each in a process. One that runs out of memory makes it one fewer."""
+    storage: str | None = None
+    """A PostgreSQL URL that a team's workers share; by default SQLite in the sweep folder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides the configurations that are drawn."""

@@ -1,0 +1,296 @@
+"""Trials change hands: none is lost and none is there twice, whatever kills the workers; SQLite and PostgreSQL."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_sweeps import board, point
+
+from veritune.errors import ConfigError, MissingError
+from veritune.search import board as boards
+from veritune.search.board import Board, Lost, Taken, line
+
+FORK = multiprocessing.get_context("fork")
+
+
+def taken(found: Taken | bool) -> Taken:
+    assert isinstance(found, Taken)
+    return found
+
+
+def finish(it: Board, trial: Taken, *losses: float) -> None:
+    for i, loss in enumerate(losses, 1):
+        it.report(trial, point(i, loss), i, last=i == len(losses))
+    it.finish(trial, "complete")
+
+
+def worker(folder: Path, settings: dict[str, Any], pause: float) -> None:
+    """Four validations a trial, a note for each end."""
+    it = board(folder, **settings)
+    while (trial := it.take()) is not False:
+        if trial is True:
+            time.sleep(pause)
+            continue
+        try:
+            with it.living(trial):
+                for step in range(len(trial.curve) + 1, 5):
+                    time.sleep(random.random() * pause)
+                    it.report(trial, point(step), step, last=step == 4)
+                it.finish(trial, "complete")
+        except Lost:
+            continue
+        with (folder / "ended").open("a") as file:
+            file.write(f"{trial.number}\n")
+
+
+def kill_many(folder: Path, settings: dict[str, Any], *, kills: int, workers: int, pause: float = 0.1) -> Board:
+    """Kills random workers until the sweep is through or `kills` are done, then lets it end."""
+    rng, killed = random.Random(0), 0
+    start = lambda: FORK.Process(target=worker, args=(folder, settings, pause))  # noqa: E731
+    running = [start() for _ in range(workers)]
+    for process in running:
+        process.start()
+    while any(process.is_alive() for process in running):
+        time.sleep(rng.random() * pause * 3)
+        if killed < kills:
+            place = rng.randrange(workers)
+            if running[place].is_alive():
+                os.kill(running[place].pid or 0, signal.SIGKILL)
+                killed += 1
+            running[place].join()
+            running[place] = start()
+            running[place].start()
+    assert killed == kills, "the sweep was through too early for this test"
+    return board(folder, **settings)
+
+
+def check_all_there(it: Board, folder: Path, trials: int) -> None:
+    found = [line(trial) for trial in it.trials()]
+    assert [trial["trial"] for trial in found] == list(range(trials))
+    assert {trial["state"] for trial in found} == {"complete"}
+    assert all([p["step"] for p in trial["curve"]] == [1, 2, 3, 4] for trial in found)
+    ended = Counter((folder / "ended").read_text().split())
+    assert set(ended.values()) == {1}
+    assert len(ended) >= trials - sum(trial["attempts"] > 1 for trial in found)
+
+
+def test_configurations_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
+    one, other = board(tmp_path / "a"), board(tmp_path / "b")
+    alone = []
+    while isinstance(trial := one.take(), Taken):
+        alone.append(trial.params)
+        finish(one, trial, 0.5)
+    for _ in range(3):  # two workers, the second of which takes what the first gives back
+        second = board(tmp_path / "b")
+        first = taken(other.take())
+        other.release(first)
+        finish(second, taken(second.take()), 0.5)
+        finish(other, taken(other.take()), 0.5)
+    assert [line(trial)["params"] for trial in second.trials()] == alone
+    assert len({str(params) for params in alone}) == 6
+    assert all(set(params) == {"train.lr", "train.batch_size", "lora.rank"} for params in alone)
+    changed = board(tmp_path / "c", seed=1)
+    assert taken(changed.take()).params != alone[0]
+
+
+def test_a_sweep_ends_and_more_trials_go_on_with_it(tmp_path: Path) -> None:
+    it, other = board(tmp_path / "s", trials=2), board(tmp_path / "s", trials=2)
+    first, second = taken(it.take()), taken(other.take())
+    assert board(tmp_path / "s", trials=2).take() is True
+    finish(it, first, 0.5)
+    other.finish(second, "diverged", "the loss is nan")
+    assert it.take() is False
+    assert [line(trial)["state"] for trial in it.trials()] == ["complete", "diverged"]
+    assert line(it.trials()[1])["error"] == "the loss is nan"
+    assert taken(board(tmp_path / "s", trials=3).take()).number == 2
+
+
+def test_a_dead_workers_trial_is_taken_up_with_its_curve(tmp_path: Path) -> None:
+    def dies() -> None:
+        it = board(tmp_path / "s")
+        trial = taken(it.take())
+        it.report(trial, point(1), 1, last=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=dies)
+    process.start()
+    process.join()
+    it = board(tmp_path / "s")
+    assert [line(trial)["state"] for trial in it.trials()] == ["waiting"]
+    again = taken(it.take())
+    assert again.number == 0
+    assert again.curve == [point(1)]
+    assert again.info["attempts"] == 2
+
+
+def test_a_trial_that_kills_its_workers_has_failed(tmp_path: Path) -> None:
+    def dies() -> None:
+        board(tmp_path / "s", trials=1).take()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(boards.TRIES):
+        process = FORK.Process(target=dies)
+        process.start()
+        process.join()
+    it = board(tmp_path / "s", trials=1)
+    assert it.take() is False
+    assert line(it.trials()[0])["state"] == "failed"
+
+
+def test_who_comes_back_after_its_trial_was_taken_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine: no lock file to look at, only signs of life, and none came."""
+    monkeypatch.setattr(boards, "GRACE", 0.2)
+    cut_off = board(tmp_path / "s", trials=1)
+    trial = taken(cut_off.take())
+    (tmp_path / "s" / "workers" / cut_off.me).unlink()
+    other = board(tmp_path / "s", trials=1)
+    assert other.take() is True
+    time.sleep(0.3)
+    again = taken(other.take())
+    with pytest.raises(Lost):
+        cut_off.report(trial, point(1), 1, last=False)
+    with pytest.raises(Lost):
+        cut_off.finish(trial, "complete")
+    cut_off.release(trial)
+    assert line(other.trials()[0])["state"] == "running"
+    finish(other, again, 0.4)
+    assert line(other.trials()[0])["curve"] == [point(1, 0.4)]
+
+
+def test_signs_of_life_keep_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boards, "GRACE", 0.5)
+    monkeypatch.setattr(boards, "BEAT", 0.05)
+    it = board(tmp_path / "s", trials=1)
+    trial = taken(it.take())
+    (tmp_path / "s" / "workers" / it.me).unlink()
+    other = board(tmp_path / "s", trials=1)
+    with it.living(trial):
+        for _ in range(10):
+            assert other.take() is True
+            time.sleep(0.1)
+
+
+def test_asha_stops_what_falls_behind(tmp_path: Path) -> None:
+    it = board(tmp_path / "s", trials=9, validations=9, pruner="asha")
+    stopped = []
+    for loss in (0.5, 0.4, 0.6, 0.7, 0.3, 0.45, 0.8, 0.2, 0.55):
+        trial = taken(it.take())
+        for step in range(1, 10):
+            if it.report(trial, point(step, loss), step, last=step == 9):
+                it.finish(trial, "pruned")
+                stopped.append((loss, step))
+                break
+        else:
+            it.finish(trial, "complete")
+    assert [loss for loss, step in stopped if step == 1] == [0.6, 0.7, 0.45, 0.8, 0.55]
+    assert [line(trial)["state"] for trial in it.trials()].count("complete") == 4
+
+
+def test_tpe_learns_and_hyperband_stops(tmp_path: Path) -> None:
+    """Ranks near 3 are best: after ten random trials, TPE draws nearer to it than a random search does."""
+
+    def ranks(folder: Path, **settings: Any) -> list[int]:
+        it = board(folder, trials=16, **settings)
+        drawn = []
+        while isinstance(trial := it.take(), Taken):
+            drawn.append(trial.params["lora.rank"])
+            loss = abs(drawn[-1] - 3) + 0.1
+            if it.report(trial, point(1, loss), 1, last=False):
+                it.finish(trial, "pruned")
+            elif trial.number == 1:
+                it.finish(trial, "diverged", "test")
+            else:
+                it.finish(trial, "complete")
+        return drawn
+
+    tpe, plain = ranks(tmp_path / "a", sampler="tpe", pruner="hyperband"), ranks(tmp_path / "b")
+    assert tpe[:10] == plain[:10]
+    assert sum(abs(rank - 3) for rank in tpe[10:]) < sum(abs(rank - 3) for rank in plain[10:])
+    states = [line(trial)["state"] for trial in board(tmp_path / "a", sampler="tpe", pruner="hyperband").trials()]
+    assert "pruned" in states
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    board(tmp_path / "s")
+    with pytest.raises(ConfigError, match="seed was 0, is 1"):
+        board(tmp_path / "s", seed=1)
+    with pytest.raises(MissingError, match="no sweep to join"):
+        board(tmp_path / "t", join=True)
+    with pytest.raises(ConfigError, match="sqlite is not supported; use postgresql"):
+        board(tmp_path / "u", storage="sqlite:///x.db")
+    with pytest.raises(ConfigError, match="not a URL"):
+        board(tmp_path / "u", storage="my team's")
+    with pytest.raises(ConfigError) as caught:
+        board(tmp_path / "u", storage="postgresql://me:geheim@127.0.0.1:1/x")
+    assert "cannot be reached" in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
+def test_kills_lose_and_double_nothing(tmp_path: Path) -> None:
+    it = kill_many(tmp_path / "s", {"trials": 8}, kills=8, workers=2)
+    check_all_there(it, tmp_path / "s", 8)
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
+    it = kill_many(tmp_path / "s", {"trials": 31}, kills=50, workers=4, pause=0.3)
+    check_all_there(it, tmp_path / "s", 31)
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a private PostgreSQL server, on a socket and a port of its own."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    found = shutil.which("initdb") or (str(programs[-1]) if programs else None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    bin, base = Path(found).parent, tmp_path_factory.mktemp("pg")
+    as_user: list[str] = []
+    if os.getuid() == 0:  # the server refuses to run as root
+        if shutil.which("setpriv") is None or subprocess.run(["id", "nobody"], capture_output=True).returncode:
+            pytest.skip("PostgreSQL does not run as root, and there is no setpriv to become nobody")
+        as_user = ["setpriv", "--reuid=nobody", "--clear-groups"]
+        home = Path("/tmp") / f"veritune-pg-{os.getpid()}"
+        home.mkdir()
+        shutil.chown(home, "nobody")
+        base = home
+    data = base / "data"
+    call = lambda *words: subprocess.run([*as_user, *words], check=True, capture_output=True, cwd="/")  # noqa: E731
+    try:
+        call(str(bin / "initdb"), "-D", str(data), "-U", "veritune", "-A", "trust", "--no-sync", "-E", "UTF8")
+        port = 20000 + os.getpid() % 20000
+        options = f"-c listen_addresses=127.0.0.1 -p {port} -k {base} -c fsync=off"
+        call(str(bin / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(base / "log"), "-w", "start")
+        try:
+            yield f"postgresql://veritune:secret-word@127.0.0.1:{port}/postgres"
+        finally:
+            call(str(bin / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+    finally:
+        if as_user:
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def test_four_workers_on_postgresql(postgres: str, tmp_path: Path) -> None:
+    settings = {"trials": 8, "storage": postgres}
+    it = kill_many(tmp_path / "team", settings, kills=3, workers=4)
+    check_all_there(it, tmp_path / "team", 8)
+    assert len({line(trial)["worker"] for trial in it.trials()}) > 1
+    assert not (tmp_path / "team" / "study.db").exists()
+    with pytest.raises(MissingError, match="no sweep named 'else' to join"):
+        board(tmp_path / "else", join=True, storage=postgres)
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and re.search(b"secret-word", path.read_bytes())]
+    assert left == []
+    json.dumps([line(trial) for trial in it.trials()], allow_nan=False)

@@ -1,0 +1,242 @@
+"""Whole sweeps with a tiny model: the files they leave, divergence, processes side by side, kills and stops."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_sweeps import prepared, run_values
+from rich.console import Console
+
+from veritune import cli, config
+from veritune.errors import ConfigError, MissingError
+from veritune.model import load
+from veritune.search import search, space
+from veritune.search.board import Taken
+from veritune.search.result import toml
+from veritune.search.trial import Diverged, Losses, settings_of
+from veritune.training.trainer import train
+
+SPACE = {"train.lr": {"log": [1e-4, 1e-2]}, "train.optimizer": {"choice": ["adamw_torch", "lion_8bit"]}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("data") / "d")
+
+
+def swept(
+    values: dict[str, Any], declared: dict[str, Any] = SPACE, **settings: Any
+) -> tuple[list[dict[str, Any]], str, Path]:
+    """Runs a sweep: its trials, what it printed, and its folder."""
+    run = config.build(config.Run, values, "test")
+    chosen = config.build(config.Sweep, {"trials": 3, "rows": 48, "validations": 3, **settings}, "test")
+    printed = io.StringIO()
+    search.sweep(run, chosen, declared, Console(file=printed, width=200))
+    folder = Path(chosen.out or run.out + "-sweep")
+    return read(folder), printed.getvalue(), folder
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / "trials.jsonl").read_text().splitlines()]
+
+
+def untimed(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trials without what differs from run to run."""
+    gone = ("seconds", "worker", "started", "finished", "attempts")
+    kept = [{key: value for key, value in trial.items() if key not in gone} for trial in trials]
+    for trial in kept:
+        trial["curve"] = [{k: v for k, v in point.items() if k != "seconds"} for point in trial["curve"]]
+    return kept
+
+
+@pytest.fixture(scope="module")
+def whole(
+    data: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], str, Path]:
+    return swept(run_values(tmp_path_factory.mktemp("whole") / "run", data, tiny_folder))
+
+
+def test_a_sweep_leaves_trials_results_and_a_run_file(whole: tuple[list[dict[str, Any]], str, Path]) -> None:
+    trials, printed, folder = whole
+    assert [trial["trial"] for trial in trials] == [0, 1, 2]
+    for trial in trials:
+        assert trial["state"] == "complete"
+        assert [point["step"] for point in trial["curve"]] == [2, 4, 6]
+        assert [point["rows"] for point in trial["curve"]] == [16, 32, 48]
+        assert trial["log_loss"] == min(point["log_loss"] for point in trial["curve"])
+        assert trial["steps"] == trial["steps_done"] == 6
+        assert 0 < trial["curve"][0]["seconds"] < trial["curve"][-1]["seconds"] <= trial["seconds"]
+        its = folder / "trials" / f"{trial['trial']:04d}"
+        lines = [json.loads(text) for text in (its / "metrics.jsonl").read_text().splitlines()]
+        validated = [line["validation"]["log_loss"] for line in lines if "validation" in line]
+        assert validated == [point["log_loss"] for point in trial["curve"]]
+        assert not (its / "checkpoints").exists()
+    best = min(trials, key=lambda trial: trial["log_loss"])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["best"]["trial"] == best["trial"]
+    assert results["states"] == {"complete": 3}
+    assert results["space"] == SPACE
+    found, run = config.read_run(folder / "best.toml"), config.build(config.Run, results["run"], "test")
+    assert found == space.apply(run, best["params"])
+    assert found.data.rows is None
+    assert f"veritune train {folder / 'best.toml'}" in printed
+    assert printed.count("complete, log loss") == 3
+
+
+def test_a_trial_is_the_run_that_train_makes_of_its_settings(
+    whole: tuple[list[dict[str, Any]], str, Path], tmp_path: Path
+) -> None:
+    trials, _, folder = whole
+    run = config.build(config.Run, json.loads((folder / "results.json").read_text())["run"], "test")
+    chosen = config.Sweep(validations=3)
+    alone = settings_of(run, chosen, trials[2]["params"], 48, tmp_path / "alone")
+    train(alone, Console(file=io.StringIO()))
+    lines = [
+        [json.loads(text) for text in (where / "metrics.jsonl").read_text().splitlines()]
+        for where in (tmp_path / "alone", folder / "trials/0002")
+    ]
+    for line in lines[0] + lines[1]:
+        line.pop("seconds", None)
+    assert lines[0] == lines[1]
+
+
+def test_the_model_is_loaded_once_and_the_same_command_goes_on(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Any] = []
+    real = load.load_base
+    monkeypatch.setattr(load, "load_base", lambda settings: (loads.append(settings), real(settings))[1])
+    values = run_values(tmp_path / "run", data, tiny_folder)
+    first, _, folder = swept(values, trials=2)
+    assert len(loads) == 1
+    again, printed, _ = swept(values, trials=2)
+    assert again == first
+    assert "going on after 2 of 2 trials" in printed
+    more, printed, _ = swept(values, trials=3)
+    assert more[:2] == first
+    assert len(more) == 3
+    with pytest.raises(ConfigError, match=r"train.batch_size was 8, is 16"):
+        swept({**values, "train": {"batch_size": 16}})
+    with pytest.raises(ConfigError, match=r"space was"):
+        swept(values, {"train.lr": {"log": [1e-4, 1]}})
+    (folder / "study.db").unlink()
+    with pytest.raises(ConfigError, match="holds trials of another sweep"):
+        swept(values)
+
+
+def test_diverging_trials_stop_early_and_say_so(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    declared = {"train.lr": {"choice": [1e30, 30.0]}, "train.warmup_ratio": {"choice": [0.0]}}
+    trials, printed, folder = swept(
+        run_values(tmp_path / "run", data, tiny_folder), declared, trials=4, rows=88, seed=2
+    )
+    by_rate = {trial["params"]["train.lr"]: trial for trial in trials}
+    assert set(by_rate) == {1e30, 30.0}
+    assert {trial["state"] for trial in trials} == {"diverged"}
+    assert all(trial["steps_done"] < trial["steps"] == 11 for trial in trials)
+    assert "is not finite" in by_rate[1e30]["error"]
+    assert not (folder / "best.toml").exists()
+    assert "no trial was completed" in printed
+
+
+def test_losses_over_the_starts_for_too_long() -> None:
+    steady = Losses(5)
+    for loss in [0.7, 0.9, 0.6, *[0.75, 0.65, 0.72] * 30]:
+        steady.add(loss)
+    spike = Losses(5)
+    for loss in [0.7, 0.7, 0.7, 2.0, *[0.6] * 30]:
+        spike.add(loss)
+    grows = Losses(5)
+    for loss in [0.7, 0.7, 0.7, *[3.0] * 4]:
+        grows.add(loss)
+    with pytest.raises(Diverged, match=r"times the start's 0\.7 for 5 steps: 3"):
+        grows.add(3.0)
+
+
+def test_trials_that_cannot_be_trained_have_failed(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    values = run_values(tmp_path / "run", data, tiny_folder)
+    declared: dict[str, Any] = {"lora.targets": {"choice": [["q_proj"], ["nonsense"]]}}
+    trials, _, folder = swept(values, declared, trials=3, seed=2)
+    assert {trial["state"] for trial in trials} == {"complete", "failed"}
+    assert all("nonsense" in trial["error"] for trial in trials if trial["state"] == "failed")
+    assert config.read_run(folder / "best.toml").lora.targets == ("q_proj",)
+    values = run_values(tmp_path / "all", data, tiny_folder)
+    with pytest.raises(ConfigError, match="the first 3 trials have all failed"):
+        swept(values, {"lora.targets": {"choice": [["nonsense"]]}}, trials=9)
+
+
+def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    values = run_values(tmp_path / "run", data, tiny_folder)
+    with pytest.raises(ConfigError, match=r"did you mean 'train\.lr'"):
+        swept(values, {"train.lrr": {"log": [1e-4, 1]}})
+    with pytest.raises(MissingError):
+        swept({**values, "data": {"path": str(tmp_path / "none")}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(
+    whole: tuple[list[dict[str, Any]], str, Path], tmp_path: Path
+) -> None:
+    """The command itself, with two workers; all of it killed in the middle, then given again."""
+    trials, _, folder = whole
+    values = json.loads((folder / "results.json").read_text())["run"]
+    values["out"], values["checkpoint"]["every"] = str(tmp_path / "run"), 1
+    tables = [f"out = {toml(values.pop('out'))}"]
+    for name, table in values.items():
+        if isinstance(table, dict):
+            inner = "\n".join(f"{key} = {toml(value)}" for key, value in table.items() if value is not None)
+            tables.append(f"[{name}]\n{inner}")
+    tables.append("[sweep]\ntrials = 3\nrows = 48\nvalidations = 3\nat_once = 2\n[sweep.space]")
+    tables += [f"{key} = {toml(spec)}" for key, spec in SPACE.items()]
+    file = tmp_path / "run.toml"
+    file.write_text("\n".join(tables))
+    command = [sys.executable, "-m", "veritune", "sweep", str(file)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    place, deadline = tmp_path / "run-sweep", time.monotonic() + 120
+    while not any(b'"step": 3' in path.read_bytes() for path in place.glob("trials/*/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert cli.run(["sweep", str(file), "--sweep.at-once", "1"]) == 0
+    again = read(place)
+    assert untimed(again) == untimed(trials)
+    assert max(trial["attempts"] for trial in again) == 2
+    assert list((place / "workers").iterdir()) == []
+
+
+def test_a_stop_gives_the_trial_back(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = run_values(tmp_path / "run", data, tiny_folder)
+    real = search.run_trial
+
+    def stopped(board: Any, taken: Taken, *rest: Any, **options: Any) -> None:
+        if taken.number == 1 and taken.info["attempts"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(board, taken, *rest, **options)
+
+    monkeypatch.setattr(search, "run_trial", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        swept(values, trials=2)
+    trials, _, _ = swept(values, trials=2)
+    assert [trial["state"] for trial in trials] == ["complete", "complete"]
+    assert [trial["attempts"] for trial in trials] == [1, 2]
+
+
+def test_without_optuna_it_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("veritune.search.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    (tmp_path / "run.toml").write_text('out = "x"')
+    assert cli.run(["sweep", str(tmp_path / "run.toml")]) == 2
+    assert "pip install 'veritune[sweep]'" in capsys.readouterr().err
