@@ -23,7 +23,8 @@ Value = Any
 KINDS = ("range", "log", "choice")
 # What trials must agree in, to be compared and to share one loaded model; and what has no part in the result.
 FIXED = ("out", "data.", "model.", "validation.", "checkpoint.", "track.", "train.start_from", "train.compile",
-         "train.micro_batch_tokens", "train.gradient_checkpointing")  # fmt: skip
+         "train.micro_batch_tokens", "train.gradient_checkpointing",
+         "train.memory_gib", "train.non_finite")  # fmt: skip
 # The search of the competition entry that veritune grew out of.
 DEFAULT: dict[str, dict[str, list[Value]]] = {
     "train.lr": {"log": [1e-6, 5e-1]},
