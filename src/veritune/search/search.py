@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from .. import config
 from ..data import dataset
 from ..errors import ConfigError, DataError, VerituneError
+from ..model import load
 from . import result, space
 from .board import Board, open_board
 from .trial import Desk, NoMemory, lives_with, run_trial
@@ -119,7 +121,7 @@ def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progres
     """Runs `settings.at_once` workers as processes of this machine, and waits for them."""
     context = multiprocessing.get_context("spawn")
     one = replace(board.settings, at_once=1)
-    arguments = (run, one, board.axes, board.folder, same, rows, os.getpid())
+    arguments = (shared_out(run, one_or_more(board)), one, board.axes, board.folder, same, rows, os.getpid())
     workers = [context.Process(target=child, args=arguments, name=f"worker {i}") for i in range(one_or_more(board))]
     with stoppable():
         try:
@@ -153,6 +155,15 @@ def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progres
                 f"{board.folder}: all workers have ended before the sweep had; trials/*.log say why. The same command "
                 "goes on with it"
             )
+
+
+def shared_out(run: config.Run, workers: int) -> config.Run:
+    """The run with its part of the GPU's free memory, unless `train.memory_gib` says how much a trial may take: each
+    worker would plan with all of it."""
+    if run.train.memory_gib is not None or load.pick_device(run.model.device).type == "cpu":
+        return run
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    return replace(run, train=replace(run.train, memory_gib=max(1.0, 0.95 * free / workers)))
 
 
 def one_or_more(board: Board) -> int:
