@@ -60,7 +60,7 @@ def one(words: tuple[str, str], together: int, options: argparse.Namespace) -> d
         )
         measured = json.loads(figures.read_text())
         result[file] = measured["adapter"]
-        if "baseline" in measured:
+        if measured.get("baseline"):
             base = measured["baseline"]
             print(f"{name} {file}: untrained accuracy {base['accuracy']:.4f}, AUROC {base['auroc']:.4f}", flush=True)
     print(name, "done", flush=True)
