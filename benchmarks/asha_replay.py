@@ -50,9 +50,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pool = [json.loads(text) for text in options.trials.read_text().splitlines()]
     if not all(trial["state"] in ("complete", "diverged", "failed") for trial in pool):
-        parser.error(
-            f"{options.trials}: the pool must be complete (or diverged) trials of a sweep without pruner"
-        )
+        parser.error(f"{options.trials}: the pool must be complete (or diverged) trials of a sweep without pruner")
     best = max(trial["auroc"] for trial in pool if trial["state"] == "complete" and trial["auroc"] is not None)
     total = sum(trial["seconds"] or 0.0 for trial in pool)
     print(f"{len(pool)} trials, best validation AUROC {best:.4f}, {total:.0f} s in all")

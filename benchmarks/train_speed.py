@@ -1,6 +1,7 @@
-"""Training speed of veritune on one GPU: examples/s, tokens/s, share of the card's matrix rate, peak memory.
+"""Training speed of veritune: examples/s, tokens/s, share of the device's matrix rate, peak memory.
 
     python benchmarks/train_speed.py ROWS.npz [--shape 8b | --model FOLDER] [--base bf16] [--together 8] [--profile]
+    python benchmarks/train_speed.py ROWS.npz --model FOLDER --adapter FOLDER --losses FILE     beside peers.py
 
 ROWS comes from workload.py. Weights of a shape are random: speed needs no others.
 """
@@ -78,17 +79,24 @@ def to_nf4(module: torch.nn.Linear) -> Linear4bit:
     return packed
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of an 8192-cubed bf16 product on random data."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    """FLOP/s of a bf16 product of square matrices of random numbers, 8192 wide on a GPU."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
-        a @ b
-    torch.cuda.synchronize()
+        torch.mm(a, b)
+    wait(device)
     start = time.perf_counter()
     for _ in range(10):
-        a @ b
-    torch.cuda.synchronize()
-    return 2 * 8192**3 * 10 / (time.perf_counter() - start)
+        torch.mm(a, b)
+    wait(device)
+    return 2 * n**3 * 10 / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -108,6 +116,8 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="record passes as CUDA graphs")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--adapter", help="an adapter folder to start from")
+    parser.add_argument("--losses", type=Path, help="where to write the loss of each step, as JSON")
     o = parser.parse_args()
     device = load.pick_device("auto")
     rows, labels, questions, answers = workload.read(o.rows)
@@ -120,7 +130,7 @@ def main() -> None:
     if o.graphs:
         graphs.own_stream(device)
     print("paths:", load.check_paths(base, 2048) or "ok", flush=True)
-    model = adapter.add_adapter(base, config.Lora(), seed=0)
+    model = adapter.add_adapter(base, config.Lora(), seed=0, start_from=o.adapter)
     if o.unpacked:
         precision.hold_unpacked(model)
     load.set_training(model, recomputed=len(load.layers(model)) if o.checkpointing else 0)
@@ -138,11 +148,17 @@ def main() -> None:
         parts = split([rows[i] for i in chosen], o.micro_batch_tokens)
         return [(build([rows[chosen[i]] for i in p]), torch.from_numpy(labels[chosen[p]])) for p in parts]
 
+    losses: list[torch.Tensor] = []
+
     def step(micros: list) -> torch.Tensor:
+        total = torch.zeros((), device=device)
         for trie, y in micros:
-            if recorded is not None and recorded.backward(trie, y.numpy(), 1 / o.examples) is not None:
-                continue
-            label_loss(label_logits(model, trie, device), y.to(device), answers).div(o.examples).backward()
+            loss = recorded.backward(trie, y.numpy(), 1 / o.examples) if recorded is not None else None
+            if loss is None:
+                loss = label_loss(label_logits(model, trie, device), y.to(device), answers).div(o.examples)
+                loss.backward()
+            total = total + loss.detach()
+        losses.append(total)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         stepper.step()
         stepper.zero_grad(set_to_none=recorded is None)
@@ -150,7 +166,7 @@ def main() -> None:
 
     count = 3 + o.windows * o.steps
     micros = [batch(i) for i in range(count)]
-    if not o.eager:
+    if not o.eager and device.type == "cuda":
         trie, y = micros[0][0]
         problem = compile_layers(model, lambda: label_loss(label_logits(model, trie, device), y.to(device), answers))
         print("compiled:", problem or "ok", flush=True)
@@ -162,24 +178,26 @@ def main() -> None:
         print("recorded:", problem or "ok", flush=True)
     start = time.perf_counter()
     step(micros[0])
-    torch.cuda.synchronize()
+    wait(device)
     first, ready = time.perf_counter() - start, time.perf_counter() - started
     norms = [float(step(micros[i])) for i in (1, 2)]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds, tokens = [], []
     for window in range(o.windows):
         start = time.perf_counter()
         part = micros[3 + window * o.steps : 3 + (window + 1) * o.steps]
         for m in part:
             step(m)
-        torch.cuda.synchronize()
+        wait(device)
         seconds.append((time.perf_counter() - start) / o.steps)
         tokens.append(sum(t.tokens for m in part for t, _ in m) / o.steps)
     speeds = sorted(o.examples / s for s in seconds)
     rates = sorted(t / s for t, s in zip(tokens, seconds, strict=True))
     rate = matrix_rate(device)
     plain = sum(len(rows[i]) for i in picks) / len(picks)
+    peak = round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None
     result = {
         "engine": f"veritune {o.base}" + " unpacked" * o.unpacked + " recomputed" * o.checkpointing
         + " graphs" * o.graphs, "model": o.model or o.shape, "together": o.together,
@@ -187,12 +205,14 @@ def main() -> None:
         "share of matrix rate": round(rates[len(rates) // 2] * 4 * frozen / rate, 3),
         "TFLOP/s of matrix rate": round(rate / 1e12), "mean length": round(plain, 1),
         "tokens a row": round(float(np.mean(tokens)) / o.examples, 1),
-        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1), "first step s": round(first, 1),
+        "peak GiB": peak, "first step s": round(first, 1),
         "ready s": round(ready, 1),
         "gradient norms": norms,
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip
     print("RESULT " + json.dumps(result), flush=True)
+    if o.losses:
+        o.losses.write_text(json.dumps([float(loss) for loss in losses]))
     if o.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
             step(micros[4])

@@ -129,8 +129,10 @@ class Train:
     """GPU memory that the run may take, GiB, what CUDA itself takes included; it is held to that. Default: what is free
     when it starts."""
     compile: bool = True
-    """On a GPU, compile each layer and, for small models, record passes as CUDA graphs: about a minute at the start,
-    then much faster. The result differs by rounding."""
+    """On a GPU, compile each layer: about a minute at the start, then much faster. The result differs by rounding."""
+    cuda_graphs: bool = False
+    """On a GPU with compile, record a small model's passes as CUDA graphs if they give the same gradients. New: its
+    test passes on an H200, no whole run has used it."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of rows, the adapter's first weights and dropout."""
     start_from: str | None = None

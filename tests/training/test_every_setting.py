@@ -91,6 +91,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 # Where else a key is shown to matter, since here it cannot.
 ELSEWHERE = {
     "train.compile": "tests/model/test_compiled.py",  # a GPU's
+    "train.cuda_graphs": "tests/model/test_gpu.py",
     "train.non_finite": "tests/training/test_step.py",
     "session.hours": "tests/training/test_stops.py",
     "train.memory_gib": "tests/training/test_fit.py",

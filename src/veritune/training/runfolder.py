@@ -15,8 +15,8 @@ ADAPTERS = ("adapter", "best")
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
 # what dropout draws, which then come with the resolved values.
 FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
-        "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.gradient_checkpointing",
-        "train.memory_gib")  # fmt: skip
+        "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs",
+        "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
 
 
 # Settings that say what is still to be trained: they may change as far as nothing of what is done would be different.

@@ -332,7 +332,7 @@ def prepare(
 def speed_up(state: Training, console: Console) -> None:
     """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
     alone = replace(state, world=distributed.ALONE)
-    graphs = not (state.run.lora.dropout or state.recomputed) and launch_bound(state.model, state.budget)
+    graphs = state.run.train.cuda_graphs and not state.run.lora.dropout and launch_bound(state.model, state.budget)
     if graphs:
         own_stream(state.base.device)
     # Plain layers, which these are compared with, take more memory: a few rows.
