@@ -1,10 +1,13 @@
 """Memory that runs out in the middle of a step costs no step; where nothing takes less, it is said."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
+from rich.console import Console
 from runs import metrics, prepared, settings, trained
 from torch import Tensor
 
@@ -12,6 +15,10 @@ from veritune import config
 from veritune.data.generate import generate
 from veritune.errors import RoomError
 from veritune.model import verdict
+from veritune.model.shape import Shape
+from veritune.model.verdict import logits
+from veritune.training import fit, memory, trainer
+from veritune.training import room as rooms
 from veritune.training import step as steps
 
 
@@ -83,3 +90,22 @@ def test_memory_that_runs_out_while_weights_change_is_not_tried_again(
     monkeypatch.setattr(torch.optim.AdamW, "step", fail)
     with pytest.raises(RoomError, match="step 1: memory ran out while weights were changed"):
         trained(run_of(tmp_path / "run", data, tiny_folder))
+
+
+@pytest.mark.parametrize(("room", "held"), [(10 * memory.GIB, "bf16"), (1.0, "nf4")], ids=["room", "none"])
+def test_an_nf4_base_is_held_unpacked_only_where_there_is_room(
+    data: Path, tiny_folder: Path, tmp_path: Path, room: float, held: str
+) -> None:
+    run = settings(tmp_path / "run", data, tiny_folder)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, base="nf4"))
+    state = trainer.prepare(run, Console(quiet=True))
+    table = state.train
+    rows, _ = state.encoder.rows(table.questions[:8], table.solutions[:8])
+    shape, of = Shape.of(state.base.model.config.to_dict()), fit.mix([rows])
+    job = memory.Job("nf4", run.lora.rank, run.lora.targets, run.train.optimizer, compiled=False)
+    state.planned = rooms.Planned(shape, job, of, fit.choose(shape, job, run.train, of, room))
+    before = logits(state.model, rows, state.base.device)
+    rooms.unpack(state)
+    assert state.planned.job.precision == held
+    assert any(isinstance(module, Linear4bit) for module in state.model.modules()) == (held == "nf4")
+    assert torch.equal(logits(state.model, rows, state.base.device), before)

@@ -10,6 +10,7 @@ import torch
 from .. import config
 from ..errors import ModelError, RoomError
 from ..model import load
+from ..model.precision import hold_unpacked
 from ..model.shape import Shape
 from . import fit
 from .memory import CONTEXT, GIB, Job
@@ -87,6 +88,19 @@ def use(state: "Training", found: Planned | None) -> None:
     if found is not None:
         state.budget, state.recomputed = found.fit.budget, found.fit.recomputed
     load.set_training(state.model, recomputed=state.recomputed)
+
+
+def unpack(state: "Training") -> None:
+    """Holds an NF4 base as bf16 where that costs neither recomputation nor smaller micro-batches: the same numbers, and
+    no unpacking at every product."""
+    was = state.planned
+    if was is None or was.job.precision != "nf4":
+        return
+    job = replace(was.job, precision="bf16")
+    found = fit.choose(was.shape, job, state.run.train, was.mix, was.fit.room, was.fit.card)
+    if found.fits and found.recomputed <= was.fit.recomputed and found.budget >= was.fit.budget:
+        hold_unpacked(state.model)
+        use(state, replace(was, job=job, fit=found))
 
 
 def replan(state: "Training", **changes: Any) -> None:

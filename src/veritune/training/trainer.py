@@ -319,6 +319,7 @@ def prepare(
         recomputed=len(load.layers(model)) if run.train.gradient_checkpointing == "on" else 0,
     )
     room.use(state, room.planned(state, space))
+    room.unpack(state)
     if state.planned and not state.planned.fit.fits:
         console.print(f"memory may not suffice: {state.planned}", style="yellow", markup=False)
     if run.train.compile and base.device.type == "cuda" and state.shared:
