@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made_sweeps import prepared, run_values
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from veritune.search import search, space
 from veritune.search.board import Taken
 from veritune.search.result import toml
 from veritune.search.trial import Diverged, Losses, settings_of
+from veritune.training import step
 from veritune.training.trainer import train
 
 SPACE = {"train.lr": {"log": [1e-4, 1e-2]}, "train.optimizer": {"choice": ["adamw_torch", "lion_8bit"]}}
@@ -169,6 +171,23 @@ def test_trials_that_cannot_be_trained_have_failed(data: Path, tiny_folder: Path
     values = run_values(tmp_path / "all", data, tiny_folder)
     with pytest.raises(ConfigError, match="the first 3 trials have all failed"):
         swept(values, {"lora.targets": {"choice": [["nonsense"]]}}, trials=9)
+
+
+def test_a_trial_that_memory_does_not_hold_has_failed(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(state: Any, *unused: Any) -> Any:
+        if state.run.lora.targets == ("q_proj",):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return computed(state, *unused)
+
+    computed = step.gradients
+    monkeypatch.setattr(step, "gradients", gradients)
+    values = run_values(tmp_path / "run", data, tiny_folder) | {"phases": [{"rows": [0, 24]}, {"rows": [0, 48]}]}
+    trials, _, folder = swept(values, {"lora.targets": {"choice": [["q_proj"], ["v_proj"]]}}, trials=3, seed=2)
+    assert {trial["state"] for trial in trials} == {"complete", "failed"}
+    assert all("memory ran out" in trial["error"] for trial in trials if trial["state"] == "failed")
+    assert [phase.rows for phase in config.read_run(folder / "best.toml").phases] == [(0, 24), (0, 48)]
 
 
 def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> 
         f"# AUROC {best['auroc'] or float('nan'):.4f}, after {best['best_step']} steps on {rows:,} rows.",
         f"#   veritune train {board.folder / 'best.toml'}",
         f"out = {toml(found.out)}",
+        *([f"phases = {toml(values['phases'])}"] if found.phases else []),
     ]
     for table, content in values.items():
         if not isinstance(content, dict):

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from .. import config
-from ..errors import ConfigError, DataError, ModelError, NonFiniteError
+from ..errors import ConfigError, DataError, ModelError, NonFiniteError, RoomError
 from ..model import load
 from ..training import status
 from ..training.trainer import train
@@ -169,8 +169,9 @@ def run_trial(
         except Lost as error:
             log.write(f"{error}\n")
             return
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error).lower():
+        except (RuntimeError, RoomError) as error:
+            of_memory = isinstance(error, torch.OutOfMemoryError | RoomError) or "out of memory" in str(error).lower()
+            if not of_memory:
                 board.release(taken)
                 raise
             reason = str(error).splitlines()[0]
