@@ -129,6 +129,22 @@ def test_the_replica_of_another_run_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "b").exists()
 
 
+def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path, drive: Path) -> None:
+    session(tmp_path / "a", drive, 1, 2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-00000002")
+    (tmp_path / "b" / "run.json").write_text(json.dumps(described(lr=0.2)))
+    before = seen(tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"b holds a run with other settings: train\.lr was 0\.2, is 0\.1"):
+        bring(tmp_path / "b", drive)
+    assert seen(tmp_path / "b") == before
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="c is not empty and holds no run"):
+        bring(tmp_path / "c", drive)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["README.md"]
+
+
 def test_a_drive_that_is_not_mounted_at_the_start(tmp_path: Path, drive: Path) -> None:
     session(tmp_path / "a", drive, 1)
     shutil.rmtree(drive.parent)

@@ -47,6 +47,41 @@ def test_a_resolved_value_stands_in_place_of_its_setting(tmp_path: Path) -> None
         start(tmp_path, {"train.micro_batch_tokens": 512}, micro_batch_tokens=512)
 
 
+def test_validation_may_change_unless_it_chooses_what_a_phase_starts_from(tmp_path: Path) -> None:
+    def values(every: int, **tables: Any) -> dict[str, Any]:
+        return runfolder.described(
+            config.build(config.Run, {"out": "x", "validation": {"every": every}, **tables}, "test"), {}
+        )
+
+    best = {"start_from": "best"}
+    for number, tables in enumerate(
+        ({"strategy": {"kind": "sequential", **best}}, {"phases": [{"rows": [0, 4]}, {"rows": [4, 8], **best}]})
+    ):
+        folder = tmp_path / f"{number}"
+        (folder / "best").mkdir(parents=True)
+        runfolder.write_json(folder / "run.json", values(10, **tables))
+        runfolder.start(folder, values(10, **tables))
+        with pytest.raises(ConfigError, match=r"validation\.every was 10, is 20"):
+            runfolder.start(folder, values(20, **tables))
+        # What is appended may be the first to ask for the best.
+        runfolder.write_json(folder / "run.json", values(10))
+        runfolder.start(folder, values(10, **tables), lambda earlier: True)
+    (tmp_path / "plain" / "best").mkdir(parents=True)
+    runfolder.write_json(tmp_path / "plain" / "run.json", values(10, strategy=best))
+    runfolder.start(tmp_path / "plain", values(20, strategy=best))  # no phase follows, so none starts from it
+
+
+def test_a_start_that_was_cut_off_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*unused: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path, {})
+    start(tmp_path, {})
+
+
 def test_what_is_written_is_strict_json(tmp_path: Path) -> None:
     runfolder.write_json(tmp_path / "x.json", {"auroc": math.nan, "range": (1.0, math.inf)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"auroc": None, "range": [1.0, None]}

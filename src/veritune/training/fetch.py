@@ -27,8 +27,8 @@ Same = Callable[[config.Run, int], bool]
 def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same, warn: Warn) -> int | None:
     """Brings the run folder to where the replica is, if that is further than the folder's own newest whole checkpoint.
 
-    values, same_so_far: as for `runfolder.start`, the latter given also how many steps are done; a replica of another
-    run is refused before anything is written.
+    values, same_so_far: as for `runfolder.start`, the latter given also how many steps are done; a replica or a folder
+    of another run is refused before anything is written.
     The checkpoint is put in place last, so that a fetch that was cut off is begun again. Returns the step that was
     brought, or None. Raises ConfigError and CheckpointError.
     """
@@ -48,6 +48,7 @@ def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same
             wrong.append(f"{copy}: {reason}")
             warn(f"replica {wrong[-1]}. Trying the one before it.")
             continue
+        runfolder.admit(folder, values, lambda earlier: same_so_far(earlier, own or 0))
         _bring(copy, step, folder, values, same_so_far)
         return step
     if own is None and wrong and not found(folder / "checkpoints"):

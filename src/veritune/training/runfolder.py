@@ -13,7 +13,8 @@ from ..quality.metrics import plain
 RUN = "run.json"
 ADAPTERS = ("adapter", "best")
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
-# what dropout draws, which then come with the resolved values.
+# what dropout draws, which then come with the resolved values, and for `validation` where it chooses what a phase
+# starts from.
 FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
         "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs",
         "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
@@ -41,15 +42,20 @@ def start(
     so phases or epochs can be appended. A folder in which nothing was saved yet takes other settings. Raises
     ConfigError naming every key that differs.
     """
+    admit(folder, values, same_so_far)
+    make_folder(folder)
+    write_json(folder / RUN, values)
+
+
+def admit(folder: Path, values: dict[str, Any], same_so_far: Callable[[config.Run], bool]) -> None:
+    """The check of `start` alone: nothing is written."""
     path = folder / RUN
     if path.exists():
         saved = found(folder / "checkpoints") or any((folder / name).exists() for name in ADAPTERS)
         if saved:
             check(path, path.read_bytes(), values, same_so_far)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not inside.name.startswith(".") for inside in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another `out`")
-    make_folder(folder)
-    write_json(path, values)
 
 
 def check(
@@ -84,7 +90,7 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
     try:
         held = json.loads(before)
         earlier = config.build(config.Run, held["settings"], str(path))
-        old, new = mathematics({**held, "settings": config.as_dict(earlier)}), mathematics(values)
+        old, new = config.flat(config.as_dict(earlier)) | held["resolved"], mathematics(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
     differing = [key for key in new if old.get(key) != new.get(key)]
@@ -93,7 +99,7 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a strict JSON file, whole or not at all. A figure that is NaN or infinite is written as null."""
-    partial = path.with_suffix(".tmp")
+    partial = path.with_name(f".{path.name}.tmp")
     text = json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False)
     write_file(partial, [text.encode()])
     partial.replace(path)
@@ -103,7 +109,11 @@ def write_json(path: Path, values: Any) -> None:
 def mathematics(values: dict[str, Any]) -> dict[str, Any]:
     """What of a run.json decides what is learnt, by key."""
     settings = config.flat(values["settings"])
-    return {key: value for key, value in settings.items() if not key.startswith(FREE)} | values["resolved"]
+    starts = [phase["start_from"] for phase in settings["phases"]]
+    if settings["strategy.kind"] not in ("plain", "stream"):
+        starts.append(settings["strategy.start_from"])
+    free = tuple(key for key in FREE if key != "validation." or "best" not in starts)
+    return {key: value for key, value in settings.items() if not key.startswith(free)} | values["resolved"]
 
 
 def card(run: config.Run, base: str, data: str, step: int, quality: dict[str, Any]) -> str:
