@@ -369,6 +369,13 @@ def run(argv: Sequence[str]) -> int:
         )
     except VerituneError as error:
         return fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its sake
+            raise
+        return fail(
+            f"GPU memory ran out: {str(error).splitlines()[0]} End what else runs on the GPU, or let less be taken: "
+            "base = 'nf4', in training also a lower train.memory_gib or train.micro_batch_tokens"
+        )
     except OSError as error:
         return fail(f"{error.filename or name}: {error.strerror or error}")
     except KeyboardInterrupt:

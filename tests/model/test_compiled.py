@@ -55,7 +55,7 @@ def test_compiled_once_for_every_number_of_tokens() -> None:
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
     # The next run's adapter on the same base finds the layers compiled.
-    adapter.remove(made)
+    adapter.remove(base)
     made = model(base)
     assert compile_layers(made, lambda: loss_of(made, 2)) is None
     for size, expected in enumerate(plain):

@@ -84,7 +84,7 @@ def test_recorded_passes_give_the_gradients_of_plain_ones_for_any_trie():
     assert load.check_paths(base, 2048) is None
     model = adapter.add_adapter(base, config.Lora(rank=8, alpha=16), seed=0)
     randomise(model)
-    load.set_training(model, checkpointing=False)
+    load.set_training(model)
     labels = np.arange(len(given)) % 3 == 0
     on_device = torch.from_numpy(labels).to(device)
     trie = build(given)
@@ -141,7 +141,7 @@ def test_fp8_products_on_the_gpu_are_those_their_numbers_stand_for(compiled):
     for each, of in ((model, base), (plain, plain_base)):
         load.use_paths(of.model)
         randomise(each)
-        load.set_training(each, checkpointing=False)
+        load.set_training(each)
         if compiled and each is model:
             trie = build(given)
             assert (

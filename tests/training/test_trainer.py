@@ -26,10 +26,11 @@ from veritune.errors import ConfigError, DataError, ModelError, NonFiniteError
 from veritune.model.verdict import label_loss, logits
 from veritune.model.verifier import Verifier
 from veritune.quality.metrics import measure
+from veritune.training import checkpoint, progress, trainer
 from veritune.training import plan as plans
-from veritune.training import progress, trainer
 from veritune.training import step as steps
 from veritune.training.feed import Micro, Rows
+from veritune.training.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -380,3 +381,25 @@ def test_a_model_that_looks_back_a_little_only_is_trained_row_by_row(data: Path,
     found = losses(tmp_path / "run")
     assert len(found) == 9
     assert sum(found[-2:]) < sum(found[:2])
+
+
+def test_the_time_until_a_save_is_on_the_disk_is_learnt(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a limit there must be time for it; the copy in memory, which is all the loop waits for, is nothing."""
+    took: dict[str, float] = {}
+    write, learn = checkpoint._write, Session.took
+
+    def slow(*args: Any) -> Path:
+        time.sleep(0.2)
+        return write(*args)
+
+    def learnt(self: Session, kind: str, seconds: float) -> None:
+        took[kind] = max(took.get(kind, 0), seconds)
+        learn(self, kind, seconds)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(Session, "took", learnt)
+    trained(settings(tmp_path / "run", data, tiny_folder, checkpoint={"every": 2}))
+    assert took["save"] >= 0.2
+    assert took.keys() == {"step", "validation", "save"}

@@ -12,7 +12,7 @@ from runs import metrics, prepared, settings, tensors, trained
 
 from veritune import config
 from veritune.data.generate import generate
-from veritune.errors import NonFiniteError
+from veritune.errors import ConfigError, NonFiniteError
 from veritune.model import load
 from veritune.training.trainer import train
 
@@ -60,6 +60,18 @@ def test_a_run_that_broke_off_leaves_nothing_to_the_next(data: Path, tiny_folder
     quietly(settings(tmp_path / "b", data, tiny_folder), base)
     trained(settings(tmp_path / "c", data, tiny_folder))
     assert metrics(tmp_path / "b") == metrics(tmp_path / "c")
+
+
+def test_a_run_that_cannot_begin_leaves_no_adapter_on_the_base(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    trained(settings(tmp_path / "a", data, tiny_folder, lora={"rank": 4}))
+    base = kept(tiny_folder)
+    start_from = {"start_from": str(tmp_path / "a" / "adapter")}
+    with pytest.raises(ConfigError, match="the adapter has rank 4 instead of 2"):
+        quietly(settings(tmp_path / "b", data, tiny_folder, lora={"rank": 2}, train=start_from), base)
+    assert not any("lora" in name for name, _ in base.model.named_modules())
+    assert not hasattr(base.model, "peft_config")
+    quietly(settings(tmp_path / "c", data, tiny_folder, lora={"rank": 4}), base)
+    assert metrics(tmp_path / "c") == metrics(tmp_path / "a")
 
 
 def test_who_watches_sees_each_line_and_can_end_the_run(data: Path, tiny_folder: Path, tmp_path: Path) -> None:

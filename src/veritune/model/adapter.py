@@ -23,6 +23,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from transformers.pytorch_utils import Conv1D
 
@@ -142,9 +143,16 @@ def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropo
     return model
 
 
-def remove(model: Any) -> None:
-    """Takes the adapter off its base, which is then as it was before."""
-    model.unload()
+def remove(base: Base) -> None:
+    """Takes off its base whatever adapter is there, also one that was put there only in part. The base is then as it
+    was before, but that one in FP8 stays so."""
+    for parent in list(base.model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, BaseTunerLayer):
+                setattr(parent, name, layer.get_base_layer())
+    if hasattr(base.model, "peft_config"):
+        del base.model.peft_config
+    base.model.gradient_checkpointing_disable()
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -143,15 +143,20 @@ class Saver:
 
     @property
     def seconds(self) -> float:
-        """The longest time that a save has taken so far until it was whole on the disk, and on the replica."""
-        return self._seconds + (self._mirror.seconds if self._mirror is not None else 0.0)
+        """The longest time that a save has taken so far until it was whole on the disk, and on the replica; 0 as long
+        as none has come so far."""
+        if self._mirror is None:
+            return self._seconds
+        return self._seconds + self._mirror.seconds if self._mirror.seconds else 0.0
 
     def save(self, step: int, tensors: Groups, state: dict[str, Any]) -> None:
         """Takes a copy of everything and starts to write it. Raises as `save`; for the disk, one save later."""
+        began = time.monotonic()
         files = pack(tensors, state, copy=True)
+        took = time.monotonic() - began
         self.wait()
         along = replicas.Along(self._run) if self._mirror is not None and self._run is not None else None
-        self._thread = threading.Thread(target=self._work, args=(step, files, along), name="veritune-save")
+        self._thread = threading.Thread(target=self._work, args=(step, files, along, took), name="veritune-save")
         self._thread.start()
 
     def wait(self) -> None:
@@ -177,11 +182,11 @@ class Saver:
         while self._messages:
             self._warn(self._messages.pop(0))
 
-    def _work(self, step: int, files: dict[str, Parts], along: replicas.Along | None) -> None:
+    def _work(self, step: int, files: dict[str, Parts], along: replicas.Along | None, took: float) -> None:
         began = time.monotonic()
         try:
             path = _write(self._folder, step, files, self._keep, self._messages.append)
-            self._seconds = max(self._seconds, time.monotonic() - began)
+            self._seconds = max(self._seconds, took + time.monotonic() - began)
             if self._mirror is not None:
                 self._mirror.send(path, along)
         except Exception as error:  # handed to the loop, which decides

@@ -49,8 +49,9 @@ def limit(run: config.Run, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     cap, (free, total) = run.train.memory_gib, torch.cuda.mem_get_info(device)
-    if cap is not None:
-        torch.cuda.set_per_process_memory_fraction(min((cap * GIB - CONTEXT) / total, 1.0), device)
+    # Also without a cap: an earlier run of this process may have had one.
+    part = min((cap * GIB - CONTEXT) / total, 1.0) if cap is not None else 1.0
+    torch.cuda.set_per_process_memory_fraction(part, device)
     # What torch itself holds, such as a model that is loaded already, is counted in the peak.
     return fit.room_of(free + torch.cuda.memory_reserved(device), cap)
 

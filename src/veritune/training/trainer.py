@@ -111,7 +111,6 @@ def train(
     folder = Path(run.out)
     with session(run.session.hours) as stop, distributed.join(run.model.device) as world:
         stop.alone = world.size == 1
-        state = None
         try:
             if world.first:
                 for name in ("adapter", "best"):
@@ -126,8 +125,8 @@ def train(
                 console.out(f"stopped by {stop.reason} before training; the same command goes on", highlight=False)
             raise
         finally:
-            if base is not None and state is not None:
-                adapter.remove(state.model)
+            if base is not None:
+                adapter.remove(base)
     return quality
 
 
@@ -137,7 +136,8 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
     replica = Path(run.checkpoint.replica).expanduser() if run.checkpoint.replica else None
 
     def same_so_far(earlier: config.Run, done: int) -> bool:
-        return state.plan.agrees(read(earlier).plan, done)
+        # The rows are the same, wherever they lie by now: their fingerprint is compared too.
+        return state.plan.agrees(read(replace(earlier, data=replace(earlier.data, path=run.data.path))).plan, done)
 
     def found() -> Saved | None:
         if replica is not None and (step := fetch(folder, replica, values, same_so_far, console.out)) is not None:
@@ -179,6 +179,8 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
                         applied = update(state, at, step, loss, norm)
                         seconds = time.perf_counter() - started
                         stop.took("step", seconds)
+                        if world.first and saver.seconds:
+                            stop.took("save", saver.seconds)
                         at.truncated += cut
                         rows = len(state.plan.rows(step))
                         line = {"loss": loss, "lr": state.plan.lr(step), "grad_norm": norm, "rows": rows}
@@ -226,7 +228,7 @@ def save(state: Training, at: At, tracker: Any, saver: Any, stop: Session) -> No
     """Has a checkpoint written, unless it would be the one that there is. Raises NonFiniteError and CheckpointError."""
     if at.done == 0 or (at.done, at.validated) == state.saved:
         return
-    with stop.whole(), stop.timing("save"):
+    with stop.whole():
         tracker.sync()  # a checkpoint must not outlive the lines that lead to it
         save_checkpoint(state, saver, at)
         state.saved = (at.done, at.validated)
@@ -327,6 +329,8 @@ def prepare(
             speed_up(state, console)
     else:
         plain_layers(model)
+    if run.lora.dropout:  # it depends on how a step is cut, which memory may have decided otherwise on each rank
+        state.budget = min(world.gather(state.budget))
     return state
 
 
