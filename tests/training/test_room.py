@@ -107,5 +107,6 @@ def test_an_nf4_base_is_held_unpacked_only_where_there_is_room(
     before = logits(state.model, rows, state.base.device)
     rooms.unpack(state)
     assert state.planned.job.precision == held
+    assert state.base.unpacked == (held == "bf16")  # who trains the next adapter on it plans with that
     assert any(isinstance(module, Linear4bit) for module in state.model.modules()) == (held == "nf4")
     assert torch.equal(logits(state.model, rows, state.base.device), before)

@@ -145,7 +145,7 @@ def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropo
 
 def remove(base: Base) -> None:
     """Takes off its base whatever adapter is there, also one that was put there only in part. The base is then as it
-    was before, but that one in FP8 stays so."""
+    was before, but that layers stay in FP8, or in bf16 if they were unpacked from NF4."""
     for parent in list(base.model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, BaseTunerLayer):

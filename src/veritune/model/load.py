@@ -43,6 +43,8 @@ class Base:
     device: torch.device
     precision: str  # fp32 | bf16 | nf4 | fp8
     path: str
+    unpacked: bool = False
+    """Its NF4 layers, those at least that an adapter was on, are held as bf16; see `precision.hold_unpacked`."""
     checked: dict[int, str | None] = field(default_factory=dict)
     """What `check_paths` has found, by the length of rows."""
     stock: str | None = None

@@ -78,7 +78,8 @@ def planned(state: "Training", room: float | None) -> Planned | None:
 
     of = fit.mix(steps_of(rows, len(state.plan)), shared=state.shared)
     lora, compiled = run.lora, run.train.compile and state.shared
-    job = Job(state.base.precision, lora.rank, lora.targets, run.train.optimizer, compiled)
+    held = "bf16" if state.base.unpacked else state.base.precision
+    job = Job(held, lora.rank, lora.targets, run.train.optimizer, compiled)
     card = card_of(torch.cuda.get_device_name(state.base.device))
     return Planned(shape, job, of, fit.choose(shape, job, run.train, of, room, card))
 
@@ -95,12 +96,15 @@ def unpack(state: "Training") -> None:
     """Holds an NF4 base as bf16 where that costs neither recomputation nor smaller micro-batches: the same numbers, and
     no unpacking at every product."""
     was = state.planned
+    if state.base.unpacked:  # for an earlier run of this process; this adapter may be on further layers
+        hold_unpacked(state.model)
     if was is None or was.job.precision != "nf4":
         return
     job = replace(was.job, precision="bf16")
     found = fit.choose(was.shape, job, state.run.train, was.mix, was.fit.room, was.fit.card)
     if found.fits and found.recomputed <= was.fit.recomputed and found.budget >= was.fit.budget:
         hold_unpacked(state.model)
+        state.base.unpacked = True
         use(state, replace(was, job=job, fit=found))
 
 
