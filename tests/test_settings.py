@@ -99,7 +99,7 @@ def test_slips_are_refused_by_the_command_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in ("plan", "train")])
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in ("plan", "sweep", "train")])
 def test_a_slip_in_a_flag_of_any_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     known = flags.names(cli.VERBS[verb])
     if cli.run([verb, "--help"]) == 0:

@@ -85,8 +85,7 @@ def run_file(args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
 
 def plan(args: Sequence[str]) -> None:
     """Prints what a run would do; flags as for `train`, and those of `planned.options`."""
-    from .report import foreseen, planned
-    from .training import feed
+    from .report import planned
 
     found, flags = run_file(args)
     told, flags = planned.options(flags)
@@ -97,6 +96,9 @@ def plan(args: Sequence[str]) -> None:
         prog="veritune plan RUN.toml",
         description=f"Prints what a run would do, without weights. {planned.OPTIONS} Those below override RUN.toml.",
     )
+    from .report import foreseen
+    from .training import feed
+
     source = feed.read(run)
     memory = foreseen.look(run, source, told.gpu, told.gpu_memory)
     expected = memory.rows_per_second if isinstance(memory, foreseen.Foreseen) else None

@@ -86,7 +86,7 @@ def _example(about: dict[str, Any]) -> Any:
         case "integer":
             return max(int(kind.get("minimum", 1)), 1000)
         case "number":
-            return 0.1
+            return 12.0
         case "array":
             return [_example(it) for it in kind.get("prefixItems", [kind.get("items", {})])]
         case _:

@@ -78,6 +78,7 @@ def test_flash_paths_and_compiled_layers_learn_what_stock_learns(heads, key_head
 
 
 def test_recorded_passes_give_the_gradients_of_plain_ones_for_any_trie():
+    """What train.cuda_graphs records."""
     given, device = rows(), torch.device("cuda")
     graphs.own_stream(device)
     base = make(8, 2)

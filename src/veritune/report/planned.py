@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,10 +16,12 @@ from rich.table import Table
 from .. import config
 from ..errors import ConfigError, MissingError
 from ..suggest import distance
-from ..training.feed import Source
 from . import folder
 from .braille import curve
 from .words import duration
+
+if TYPE_CHECKING:
+    from ..training.feed import Source
 
 SCORING = 0.4
 """Of the time that training on a row takes, what scoring one takes: 0.33 (float32) and 0.42 (bf16) were measured on
@@ -78,7 +81,9 @@ def speed(told: Options, run: config.Run, expected: float | None = None) -> floa
     return expected
 
 
-def show_plan(run: config.Run, source: Source, console: Console, told: Options, rows_per_second: float | None) -> None:
+def show_plan(
+    run: config.Run, source: "Source", console: Console, told: Options, rows_per_second: float | None
+) -> None:
     """Prints phases, learning rate, and time, sessions and cost where a speed is known."""
     plan, slices = source.plan, source.slices
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -144,7 +149,7 @@ def speed_of(path: Path) -> float:
     return statistics.median(rates)
 
 
-def _scored(run: config.Run, source: Source) -> int:
+def _scored(run: config.Run, source: "Source") -> int:
     """Rows that validations and probes score."""
     plan, every = source.plan, run.validation.every
     at = {*range(every, len(plan) + 1, every), *(phase.end for phase in plan.phases if phase.kind != "part")}
