@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from ..redact import redact
 from .plan import Plan
@@ -104,6 +103,8 @@ def keep_scores(folder: Path, step: int, ids: Sequence[str], labels: np.ndarray,
 
     ids: [rows]; labels: bool [rows]; p: float64 [rows].
     """
+    import polars as pl  # here, since what only reads a status does without it
+
     frame = pl.DataFrame({"id": ids, "is_correct": labels, "p_correct": p.astype(np.float32)})
     buffer = io.BytesIO()
     frame.with_columns(step=pl.lit(step, pl.Int32)).write_parquet(buffer)
