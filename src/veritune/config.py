@@ -133,7 +133,7 @@ class Train:
     cuda_graphs: bool = False
     """On a GPU with compile, record a small model's passes as CUDA graphs if they give the same gradients. New: its
     test passes on an H200, no whole run has used it."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of rows, the adapter's first weights and dropout."""
     start_from: str | None = None
     """An adapter folder to start from (its rank, alpha and targets must be those of [lora])."""

@@ -4,7 +4,7 @@
 go of the folder that stood there; `settle` puts right what a killed process left. Beside a folder NAME can stand
 `.NAME.new` (not finished), `.NAME.old` (the one being replaced) and `.NAME.trash` (being deleted); none of them is ever
 read as NAME. `manifest` and `verify` say by size and hash whether a checkpoint is what was written, `found` lists the
-checkpoints of a folder.
+checkpoints of a folder. `alone_in` keeps a folder for one process.
 """
 
 import errno
@@ -13,13 +13,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import BusyError, CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -83,6 +88,34 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps it for this process; at the end it goes again if nothing was put into it.
+
+    Raises BusyError if another process has it. Where a system or a drive has no locks, nothing is kept.
+    """
+    made = not folder.exists()
+    make_folder(folder)
+    held = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        try:
+            if fcntl is not None and held is not None:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"another process works in {folder} at this moment: wait for it, stop it, or choose another `out`"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def manifest(step: int, files: Mapping[str, Mapping[str, Any]]) -> bytes:

@@ -42,6 +42,13 @@ class CheckpointError(VerituneError, OSError):
         return str(self.args[0]) if self.args else ""
 
 
+class BusyError(VerituneError, BlockingIOError):
+    """Another process works at this moment on what only one may."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class PeerError(VerituneError, ConnectionError):
     """Another process of a run on several GPUs is gone."""
 

@@ -19,10 +19,10 @@ from runs import assert_same, checkpoints, copied_until, losses, metrics, prepar
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level, tiny, worked_text
 
-from veritune import config
+from veritune import config, durable
 from veritune.data import dataset
 from veritune.data.generate import generate
-from veritune.errors import ConfigError, DataError, ModelError, NonFiniteError
+from veritune.errors import BusyError, ConfigError, DataError, ModelError, NonFiniteError
 from veritune.model.verdict import label_loss, logits
 from veritune.model.verifier import Verifier
 from veritune.quality.metrics import measure
@@ -403,3 +403,12 @@ def test_the_time_until_a_save_is_on_the_disk_is_learnt(
     trained(settings(tmp_path / "run", data, tiny_folder, checkpoint={"every": 2}))
     assert took["save"] >= 0.2
     assert took.keys() == {"step", "validation", "save"}
+
+
+def test_two_processes_cannot_train_one_run_at_once(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    run = settings(tmp_path / "run", data, tiny_folder)
+    with durable.alone_in(tmp_path / "run"), pytest.raises(BusyError, match="another process works in"):
+        trained(run)
+    assert not (tmp_path / "run").exists()
+    trained(run)
+    assert (tmp_path / "run" / "adapter").exists()

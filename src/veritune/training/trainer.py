@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import config
+from ..durable import alone_in
 from ..model import adapter, load
 from ..model.compiled import compile_layers, plain_layers
 from ..model.graphs import Graphs, launch_bound, own_stream, record
@@ -109,10 +110,11 @@ def train(
     KeyboardInterrupt.
     """
     folder = Path(run.out)
-    with session(run.session.hours) as stop, distributed.join(run.model.device) as world:
+    with session(run.session.hours) as stop, distributed.join(run.model.device) as world, ExitStack() as kept:
         stop.alone = world.size == 1
         try:
             if world.first:
+                kept.enter_context(alone_in(folder))
                 for name in ("adapter", "best"):
                     settle(folder / name)
             check(run.track)
