@@ -46,7 +46,8 @@ class Verifier:
         """Loads an adapter folder and the base it was trained on.
 
         base: the base model's place if it has moved. precision: of the base, as in `config.Model`; auto takes the one
-        it was trained with, or fp32 on a CPU. Raises MissingError, ModelError or ConfigError.
+        it was trained with, or fp32 for bf16 where there are no bf16 products. Raises MissingError, ModelError,
+        ConfigError or RoomError.
         """
         about = adapter.read_about(path)
         found = load.pick_device(device)

@@ -25,6 +25,8 @@ PAUSE = 1.0
 """Seconds between two looks at what others do."""
 NO_MEMORY = 75
 """The exit code of a worker that found no room beside the others."""
+STOPPED = 130
+"""The exit code of one that was stopped."""
 SAME_FAILURE = 3
 """So many failures alike, and nothing else, and the sweep stops."""
 
@@ -150,6 +152,8 @@ def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progres
             work(
                 board, run, rows, Desk(), lambda: None, progress.look, alone=True
             )  # alone on the device, or not at all
+        elif all(process.exitcode == STOPPED for process in workers):  # by session.hours, or each by a signal
+            raise KeyboardInterrupt
         else:
             raise VerituneError(
                 f"{board.folder}: all workers have ended before the sweep had; trials/*.log say why. The same command "
@@ -190,7 +194,7 @@ def child(
     except NoMemory:
         raise SystemExit(NO_MEMORY) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None
     except VerituneError as error:
         with (folder / "trials" / f"worker-{os.getpid()}.log").open("w", encoding="utf-8") as log:
             log.write(f"{error}\n")

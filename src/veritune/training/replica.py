@@ -42,7 +42,9 @@ class Along:
         with ExitStack() as files:
             self._open = {}
             for path in sorted(path for pattern in PLACES for path in folder.glob(pattern)):
-                if path.is_file() and not path.name.startswith(".") and path.suffix in ALONG:
+                if not path.is_file() or path.name.startswith(".") or path.suffix not in ALONG:
+                    continue
+                with suppress(FileNotFoundError):  # someone has deleted it since it was listed
                     file = files.enter_context(open(path, "rb"))
                     self._open[RUN + str(path.relative_to(folder))] = (file, os.fstat(file.fileno()).st_size)
             self.files = files.pop_all()
