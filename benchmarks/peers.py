@@ -65,17 +65,21 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
 
     rows, mean = dataset(o.rows, o.batch * o.steps)
     marks: list[float] = []
+    on_gpu = torch.cuda.is_available()
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
 
     class Marks(TrainerCallback):
         def on_step_begin(self, *unused: Any, **more: Any) -> None:
-            torch.cuda.synchronize()
+            wait()
             marks.append(time.perf_counter())
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
-    on_gpu = torch.cuda.is_available()
     settings = SFTConfig(
         output_dir="/tmp/peer", per_device_train_batch_size=o.batch, max_steps=o.steps, learning_rate=2e-4,
         lr_scheduler_type="constant", use_cpu=not on_gpu, optim=o.optim, bf16=on_gpu, warmup_steps=0,
@@ -85,9 +89,10 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
         **({"use_liger_kernel": True} if o.liger else {}),
     )  # fmt: skip
     trainer = InOrder(model=model, args=settings, train_dataset=rows, processing_class=tok, callbacks=[Marks()])
-    torch.cuda.reset_peak_memory_stats()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    torch.cuda.synchronize()
+    wait()
     marks.append(time.perf_counter())
     warm = o.steps - 3 * ((o.steps - 3) // 3)
     width = (o.steps - warm) // 3
@@ -96,8 +101,9 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "engine": name, "batch": o.batch, "examples/s": round(speed, 1), "tokens/s": round(speed * mean),
-        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1), "ready s": round(marks[1] - started, 1),
-        "mean length": round(mean, 1), "device": torch.cuda.get_device_name(),
+        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else None,
+        "ready s": round(marks[1] - started, 1),
+        "mean length": round(mean, 1), "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }  # fmt: skip
     print("RESULT " + json.dumps(result), flush=True)
     if o.losses:
@@ -109,13 +115,13 @@ def trl(o: argparse.Namespace) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    started = time.perf_counter()
+    started, device = time.perf_counter(), 0 if torch.cuda.is_available() else "cpu"
     four = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_pretrained(
-        o.model, quantization_config=four if o.bits == 4 else None, dtype=torch.bfloat16, device_map={"": 0},
+        o.model, quantization_config=four if o.bits == 4 else None, dtype=torch.bfloat16, device_map={"": device},
         attn_implementation="sdpa",
     )  # fmt: skip
     if o.bits == 4:

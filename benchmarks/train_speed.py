@@ -203,7 +203,7 @@ def main() -> None:
         + " graphs" * o.graphs, "model": o.model or o.shape, "together": o.together,
         "examples/s": round(speeds[len(speeds) // 2], 1), "tokens/s": round(rates[len(rates) // 2]),
         "share of matrix rate": round(rates[len(rates) // 2] * 4 * frozen / rate, 3),
-        "TFLOP/s of matrix rate": round(rate / 1e12), "mean length": round(plain, 1),
+        "TFLOP/s of matrix rate": round(rate / 1e12, 2), "mean length": round(plain, 1),
         "tokens a row": round(float(np.mean(tokens)) / o.examples, 1),
         "peak GiB": peak, "first step s": round(first, 1),
         "ready s": round(ready, 1),
