@@ -92,8 +92,9 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     assert err == ""
     assert f"usage: veritune {verb}" in out
     assert "(default: " in out or verb == "watch"
-    settings = {"train": config.keys(config.Run), "prepare": config.keys(config.Prepare)}.get(verb, [])
-    assert [key for key in settings if key != "phases" and f"--{key.replace('_', '-')}" not in out] == []
+    run_keys = [key for key in config.keys(config.Run) if key != "phases"]  # tables of a run file only
+    settings = {"train": run_keys, "plan": run_keys, "sweep": run_keys, "prepare": config.keys(config.Prepare)}
+    assert [key for key in settings.get(verb, []) if f"--{key.replace('_', '-')}" not in out] == []
     assert run([]) == 2
     assert f"veritune {verb}" in capsys.readouterr().out
 
@@ -119,7 +120,7 @@ def test_help_waits_for_no_library() -> None:
 
 def test_a_verb_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     said = told(capsys, "trian")
-    assert "'trian'" in said
+    assert "'trian' (did you mean 'train'?)" in said
     assert all(verb in said for verb in VERBS)
 
 
@@ -130,11 +131,19 @@ def test_a_verb_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--out", "o", "--train.lr", "fast"], ["--train.lr", "'fast'"]),
         (["train", "--out", "o", "--train.lr", "-1"], ["flags: train.lr = -1.0: ", "greater than 0"]),
         (["train", "--out", "o", "--train.optimizer", "adam"], ["--train.optimizer", "adamw_torch"]),
-        (["train"], ["--out"]),
+        (["train"], ["veritune train RUN.toml", "--out"]),
+        (["plan", "--price", "3", "run.toml"], ["named before all flags: veritune plan RUN.toml"]),
+        (["plan", "--out", "o", "--price", "much"], ["--price: ", "'much'"]),
+        (["plan", "--out", "o", "--price", "nan"], ["--price must be"]),
+        (["plan", "--out", "o", "--gpus", "4"], ["--gpu NAME"]),
+        (["train", "--out", "o", "--phases", "x"], ["[[phases]] tables stand in the run file"]),
+        (["sweep", "--sweep.trials", "3"], ["veritune sweep RUN.toml"]),
+        (["report", "--out", "o"], ["veritune report RUN"]),
+        (["watch"], ["RUN"]),
         (["prepare", "rows.csv"], ["--out"]),
         (["prepare", "rows.csv", "--out", "o", "--sead", "1"], ["--sead", "--seed"]),
         (["score", "adapter"], ["--out"]),
-        (["evaluate"], ["PATH"]),
+        (["evaluate"], ["ADAPTER", "DATA"]),
         (["submit", "a", "b", "--out", "c", "--base", "int8"], ["--base", "nf4"]),
     ],
 )

@@ -116,7 +116,12 @@ def test_the_notebooks_run_file_is_a_run(tmp_path: Path):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "[train]" in node.value
     ]
     assert len(texts) == 1
-    assert read(texts[0], tmp_path).out.startswith("/content/drive/")
+    run = read(texts[0], tmp_path)
+    drive = "/content/drive/"
+    assert not run.out.startswith(drive)
+    assert run.checkpoint.replica is not None
+    assert run.checkpoint.replica.startswith(drive)
+    assert run.session.hours is not None
 
 
 def test_the_notebook_never_installs_torch():

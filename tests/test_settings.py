@@ -192,13 +192,15 @@ def test_the_schema_knows_every_key_and_no_other(capsys: pytest.CaptureFixture[s
     def walk(about: dict[str, Any], prefix: str = "") -> Iterator[str]:
         assert about["additionalProperties"] is False
         for name, item in about["properties"].items():
-            if "$ref" in item:
+            if name == "space":
+                assert item["type"] == "object"
+            elif "$ref" in item:
                 yield from walk(found["$defs"][item["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
             else:
                 assert item["description"], name
                 yield prefix + name
 
-    assert list(walk(found)) == KEYS
+    assert list(walk(found)) == KEYS + ["sweep." + key for key in config.keys(config.Sweep)]
     assert found["required"] == ["out"]
 
 
@@ -216,6 +218,8 @@ def test_the_schema_agrees_with_the_check(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             config.build(config.Run, values, "test")
     checker.validate(tomllib.loads(starter.run_file("run.toml")))
+    checker.validate({"out": "o", "sweep": {"trials": 3, "space": {"train": {"lr": {"log": [1e-5, 1e-2]}}}}})
+    assert not checker.is_valid({"out": "o", "sweep": {"trails": 3}})
 
 
 # Secrets.

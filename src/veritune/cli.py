@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from . import __version__, config
-from .errors import ConfigError, VerituneError
-from .flags import check, names, parse
+from .errors import ConfigError, MissingError, VerituneError
+from .flags import HELP, check, names, needs_run_file, parse
 from .redact import redact
+from .suggest import did_you_mean, nearest
 
 USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier of mathematical solutions.
 
@@ -39,7 +40,7 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
 `veritune VERB --help` explains a verb and all its settings.
 """
 
-Path_ = tyro.conf.Positional[Path]
+Adapter = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
 # Of the processes that train on several GPUs the first one talks, and the first of each machine says what went wrong.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -61,7 +62,9 @@ How = Annotated[UseSettings, tyro.conf.arg(name="")]
 
 
 def prepare(
-    sources: tyro.conf.Positional[list[str]], out: Path, settings: Annotated[config.Prepare, tyro.conf.arg(name="")]
+    sources: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="SOURCE...")],
+    out: Path,
+    settings: Annotated[config.Prepare, tyro.conf.arg(name="")],
 ) -> None:
     """Turns labelled rows into a frozen dataset: cleaned, de-duplicated, held out by question, balanced.
 
@@ -76,10 +79,12 @@ def prepare(
     dataset.prepare(sources, out, settings, console)
 
 
-def run_file(args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
-    """The run file that a command line begins with, read, and the flags after it."""
+def run_file(verb: str, args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
+    """The run file that a command line begins with, read, and the flags after it. Raises the kinds in `errors`."""
     if args and not args[0].startswith("-"):
         return config.read_run(Path(args[0])), args[1:]
+    if not {arg.partition("=")[0] for arg in args} & {"--out", *HELP}:
+        raise needs_run_file(verb, "; or --out and the other settings as flags")
     return None, args
 
 
@@ -87,7 +92,7 @@ def plan(args: Sequence[str]) -> None:
     """Prints what a run would do; flags as for `train`, and those of `planned.options`."""
     from .report import planned
 
-    found, flags = run_file(args)
+    found, flags = run_file("plan", args)
     told, flags = planned.options(flags)
     run = parse(
         config.Run,
@@ -109,7 +114,7 @@ def plan(args: Sequence[str]) -> None:
 def train(args: Sequence[str]) -> None:
     """Trains a run file's adapter; flags override the file's keys (`veritune train run.toml --train.lr 1e-4`)."""
     gpus, args = several(args)
-    found, flags = run_file(args)
+    found, flags = run_file("train", args)
     run = parse(
         config.Run,
         flags,
@@ -160,8 +165,8 @@ def sweep(args: Sequence[str]) -> None:
 
 
 def evaluate(
-    adapter: Path_,
-    data: Path_,
+    adapter: Adapter,
+    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")],
     by: tuple[str, ...] = (),
     baseline: bool = False,
     out: Path | None = None,
@@ -182,6 +187,8 @@ def evaluate(
     from .quality import evaluate as evaluation
 
     frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
+    if out and out.is_dir():
+        raise ConfigError(f"--out {out}: this is a folder; name a file")
     rows = evaluation.check(frame, how.columns, by=by, where=str(data))
     verifier = load_verifier(adapter, how)
     scores = evaluation.score_frame(verifier.score_rows, rows, console)
@@ -195,8 +202,8 @@ def evaluate(
 
 
 def score(
-    adapter: Path_,
-    file: Path_,
+    adapter: Adapter,
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")],
     out: Path,
     overwrite: bool = False,
     how: How = UseSettings(),
@@ -217,8 +224,8 @@ def score(
 
 
 def submit(
-    adapter: Path_,
-    test: Path_,
+    adapter: Adapter,
+    test: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEST")],
     out: Path,
     sample: Path | None = None,
     overwrite: bool = False,
@@ -253,7 +260,7 @@ def demo(out: Path = Path("demo"), model: str | None = None, data: tuple[str, ..
     run(out, model, list(data), console)
 
 
-def runs(folder: Path_ = Path(".")) -> None:
+def runs(folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[FOLDER]")] = Path(".")) -> None:
     """Lists the runs under a folder: state, phase, step, loss, best validation, time left.
 
     Args:
@@ -264,7 +271,7 @@ def runs(folder: Path_ = Path(".")) -> None:
     show_runs(folder, console)
 
 
-def watch(run: Path_) -> None:
+def watch(run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]) -> None:
     """Follows a run in the terminal; `q` or Ctrl-C ends the watching, not the run.
 
     Args:
@@ -276,7 +283,10 @@ def watch(run: Path_) -> None:
 
 
 def report(
-    runs: tyro.conf.Positional[list[Path]], out: Path, data: Path | None = None, price: float | None = None
+    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="RUN...")],
+    out: Path,
+    data: Path | None = None,
+    price: float | None = None,
 ) -> None:
     """Writes a report as one HTML file that loads nothing: what was run, how it went, what it is wrong about.
 
@@ -286,15 +296,16 @@ def report(
         data: The prepared folder, if it is no longer where the run says.
         price: What an hour of the machine costs, for the cost.
     """
+    from .data.sources import MANIFEST
     from .report.page import report as write
 
+    if data and not (data / MANIFEST).is_file():
+        raise MissingError(f"--data {data}: no prepared dataset is there (no {MANIFEST})")
     write(runs, out, data=data, price=price)
-    console.print(
-        f"written to {out} ({out.stat().st_size / 1000:,.0f} kB)", highlight=False, markup=False, soft_wrap=True
-    )
+    console.out(f"written to {out} ({out.stat().st_size / 1000:,.0f} kB)", highlight=False)
 
 
-def init(file: tyro.conf.Positional[Path] = Path("run.toml")) -> None:
+def init(file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RUN.toml]")] = Path("run.toml")) -> None:
     """Writes a run file to start from: every key with its meaning and default, commented out.
 
     Args:
@@ -357,7 +368,8 @@ def run(argv: Sequence[str]) -> int:
     name, args = argv[0], argv[1:]
     try:
         if name not in VERBS:
-            raise ConfigError(f"there is no verb {name!r}; the verbs are {', '.join(VERBS)}")
+            meant = did_you_mean(nearest(name, list(VERBS)))
+            raise ConfigError(f"there is no verb {name!r}{meant}; the verbs are {', '.join(VERBS)}")
         if name in ("plan", "train", "sweep"):
             VERBS[name](args)
         else:

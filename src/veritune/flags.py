@@ -26,6 +26,9 @@ def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, de
     if any(arg in HELP for arg in args):
         tyro.cli(cls, args=list(args), default=tyro.MISSING_NONPROP if default is None else default, **options)
     check(args, names(cls), prog)
+    for listed in (item.name for item in dataclasses.fields(cls) if any(map(_is_table, get_args(item.type)))):
+        if any(arg.partition("=")[0] == f"--{listed}" for arg in args):
+            raise ConfigError(f"--{listed} is no flag: [[{listed}]] tables stand in the run file")
     # Parsed into a class without checks: tyro would show pydantic's own words for what they refuse.
     bare = _bare(cls)
     given: Any = tyro.MISSING_NONPROP if default is None else _copy(bare, default)
@@ -43,6 +46,14 @@ def check(args: Sequence[str], known: Sequence[str], prog: str) -> None:
         if asked not in known and asked not in SHORT:
             near = ["--" + it.replace("_", "-") for it in nearest(asked, known)]
             raise ConfigError(f"there is no flag {name}{did_you_mean(near)}; `{prog} --help` shows all")
+
+
+def needs_run_file(verb: str, otherwise: str = "") -> ConfigError:
+    """What a verb says whose command line does not begin with a run file."""
+    return ConfigError(
+        f"{verb} needs a run file, named before all flags: veritune {verb} RUN.toml (`veritune init RUN.toml` writes "
+        f"one to start from){otherwise}"
+    )
 
 
 def names(what: Any, prefix: str = "") -> list[str]:
@@ -63,6 +74,10 @@ def names(what: Any, prefix: str = "") -> list[str]:
             if plain is bool:
                 out.append(f"{prefix}no_{name}")
     return out
+
+
+def _is_table(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
 
 
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]

@@ -18,17 +18,34 @@ HEAD = """\
 # front of the keys you change. Then:
 #
 #     veritune prepare ROWS.csv --out prepared
+#     veritune plan {name}
 #     veritune train {name}
 #
 # An editor that knows TOML schemas completes and checks the keys after `veritune schema --out run.schema.json`, with
 # this as the first line of this file:
 #     #:schema run.schema.json
 """
+SPACE = """
+# What `veritune sweep` searches: settings under their names here, each with a range, a log range or a choice. Without
+# this table: what docs/sweep.md lists.
+# [sweep.space]
+# train.lr = { log = [1e-5, 1e-2] }
+# train.warmup_ratio = { range = [0.0, 0.2] }
+# lora.rank = { choice = [8, 16, 32] }
+"""
 
 
 def schema() -> dict[str, Any]:
     """The keys of a run file as a JSON schema (draft 2020-12), each with its meaning, default and limits."""
     found = TypeAdapter(config.Run).json_schema()
+    sweep = TypeAdapter(config.Sweep).json_schema()
+    sweep["properties"]["space"] = {
+        "type": "object",
+        "description": "Settings under their dotted names, each { range = [a, b] }, { log = [a, b] } or "
+        "{ choice = [...] }.",
+    }
+    found["properties"]["sweep"] = {"$ref": "#/$defs/Sweep"}
+    found["$defs"]["Sweep"] = sweep
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "veritune run file"}
 
 
@@ -55,12 +72,11 @@ def run_file(name: str) -> str:
     blocks = [HEAD.format(name=name)]
     items = dataclasses.fields(config.Run)
     blocks += [_key(config.Run, it, it.name == "out") for it in items if not dataclasses.is_dataclass(it.type)]
-    for it in items:
-        if dataclasses.is_dataclass(it.type):
-            about = _comment(inspect.cleandoc(it.type.__doc__ or ""))
-            blocks.append(f"\n{about}\n[{it.name}]\n")
-            blocks += [_key(it.type, key, False) for key in dataclasses.fields(it.type)]
-    return "\n".join(blocks)
+    tables: list[tuple[str, Any]] = [(it.name, it.type) for it in items if dataclasses.is_dataclass(it.type)]
+    for name, kind in (*tables, ("sweep", config.Sweep)):
+        blocks.append(f"\n{_comment(inspect.cleandoc(kind.__doc__ or ''))}\n[{name}]\n")
+        blocks += [_key(kind, key, False) for key in dataclasses.fields(kind)]
+    return "\n".join([*blocks, SPACE.lstrip("\n")])
 
 
 def _key(cls: Any, item: Any, is_set: bool) -> str:

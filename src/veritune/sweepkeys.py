@@ -6,9 +6,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class Sweep:
-    """How settings are searched for. What is searched stands in `[sweep.space]`; see `search.space`."""
+    """How settings are searched for. What is searched stands in `[sweep.space]`; see docs/sweep.md."""
 
     out: str | None = None
     """The sweep folder; by default the run's `out` with `-sweep` behind it."""

@@ -229,6 +229,10 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         board(tmp_path / "s", seed=1)
     with pytest.raises(MissingError, match="no sweep to join"):
         board(tmp_path / "t", join=True)
+    assert not (tmp_path / "t").exists()
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ConfigError, match="other things and no sweep"):
+        board(tmp_path)
     with pytest.raises(ConfigError, match="sqlite is not supported; use postgresql"):
         board(tmp_path / "u", storage="sqlite:///x.db")
     with pytest.raises(ConfigError, match="not a URL"):

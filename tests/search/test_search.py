@@ -109,6 +109,12 @@ def test_a_trial_is_the_run_that_train_makes_of_its_settings(
     assert lines[0] == lines[1]
 
 
+def test_a_trial_keeps_no_replica_and_no_limit_in_hours(tmp_path: Path) -> None:
+    values = {"out": "o", "checkpoint": {"replica": "/drive/run"}, "session": {"hours": 12}}
+    trial = settings_of(config.build(config.Run, values, "test"), config.Sweep(), {}, 48, tmp_path / "0000")
+    assert (trial.checkpoint.replica, trial.session.hours) == (None, None)
+
+
 def test_the_model_is_loaded_once_and_the_same_command_goes_on(
     data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

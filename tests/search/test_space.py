@@ -53,6 +53,8 @@ def test_the_default_is_the_search_of_the_entry() -> None:
         ('out = { choice = ["a", "b"] }', "out cannot be searched"),
         ('model.path = { choice = ["a", "b"] }', "model.path cannot be searched"),
         ("data.rows = { range = [1, 2] }", "data.rows cannot be searched"),
+        ('strategy.kind = { choice = ["plain", "stream"] }', "strategy.kind cannot be searched"),
+        ("session.hours = { range = [1, 2] }", "session.hours cannot be searched"),
         ("train.lr = [1e-5, 1]", "must be { range = [a, b] }"),
         ("train.lr = { uniform = [1e-5, 1] }", "unknown setting"),
         ("train.lr = { log = [1e-5, 1], range = [0, 1] }", "must be { range = [a, b] }"),

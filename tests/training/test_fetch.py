@@ -143,6 +143,10 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path, dri
     with pytest.raises(ConfigError, match="c is not empty and holds no run"):
         bring(tmp_path / "c", drive)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["README.md"]
+    with pytest.raises(ConfigError, match="this is a file"):
+        bring(tmp_path / "d", tmp_path / "c" / "README.md")
+    with pytest.raises(ConfigError, match="lies in the run folder"):
+        bring(tmp_path / "a", tmp_path / "a" / "copies")
 
 
 def test_a_drive_that_is_not_mounted_at_the_start(tmp_path: Path, drive: Path) -> None:

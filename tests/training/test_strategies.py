@@ -106,6 +106,7 @@ def test_a_question_with_rows_of_several_slices_is_held_out_of_all() -> None:
         ({"ends": [5], "slices": 2}, "stands alone"),
         ({"slices": 401}, "only 400 rows"),
         ({"column": "x", "slices": 5}, "only 4 values: a, b, c, d"),
+        ({"kind": "plain", "ends": [5]}, "strategy.ends is set"),
         ({"cooldowns": [10]}, "only strategy.kind = 'stream'"),
         ({"kind": "stream", "cooldowns": [400]}, "not before the end"),
         ({"kind": "stream", "cooldowns": [395]}, "not before the end"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from ..training.runfolder import RUN
 
 QUIET = 15 * 60
 """Seconds without a sign after which a run on another machine counts as killed."""
+COPY = re.compile(r"step-\d{8}")
+"""A copy's name in a replica; see `training.replica`."""
 DEPTH = 6
 """Folders below the one searched that are looked into."""
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "rows", "seconds")
@@ -175,13 +178,17 @@ def read(path: Path) -> RunFolder:
 
 
 def find(root: Path) -> list[Path]:
-    """The run folders under `root` (itself, if it is one), by name. Hidden folders are not looked into."""
+    """The run folders under `root` (itself, if it is one), by name; of a replica, the run in its newest copy.
+    Hidden folders are not looked into."""
     if not root.is_dir():
         raise MissingError(f"{root}: no such folder")
     found = []
     for at, names, files in os.walk(root):
         if RUN in files:
             found.append(Path(at))
+            names.clear()
+        elif copies := [name for name in names if COPY.fullmatch(name) and (Path(at, name, "run") / RUN).is_file()]:
+            found.append(Path(at, max(copies), "run"))
             names.clear()
         deep = len(Path(at).relative_to(root).parts) >= DEPTH
         names[:] = [] if deep else [name for name in names if not name.startswith(".")]

@@ -1,5 +1,6 @@
 """`veritune report`: one HTML file that holds all it shows, from the run folders' files alone."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,15 @@ def report(paths: Sequence[Path], out: Path, *, data: Path | None = None, price:
     """Writes the report on a run, on several compared, or on a sweep, whole or not at all.
 
     data: the prepared folder, if it is no longer where the run says; price: of an hour, in any currency. Raises what
-    `folder.read` and `trials.read` raise, and ConfigError for a place that is a folder or a sweep among runs.
+    `folder.read` and `trials.read` raise, and ConfigError for a place that is a folder, a price below 0, or a
+    sweep among runs.
     """
     if out.is_dir():
         raise ConfigError(f"--out {out}: this is a folder; name a file, such as {out / 'report.html'}")
+    if price is not None and not (price >= 0 and math.isfinite(price)):
+        raise ConfigError(f"--price {price:g}: must be a number of at least 0")
+    if not paths:
+        raise ConfigError("report needs a run folder: veritune report RUN --out FILE.html; `veritune runs` lists them")
     text = render(page(paths, data, price))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.tmp")

@@ -27,11 +27,14 @@ SCORING = 0.4
 """Of the time that training on a row takes, what scoring one takes: 0.33 (float32) and 0.42 (bf16) were measured on
 SmolLM2-135M (docs/results.md)."""
 WIDTH, HEIGHT = 78, 6
+HOURS = 12.0
+"""Of a session, where nothing tells."""
 
 
 OPTIONS = (
     "--rows-per-second N: the speed to reckon with, by default that of the run folder, if it has steps; --like RUN: "
-    "the speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, 12 by default; "
+    "the speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, by default "
+    "session.hours, else 12; "
     "--gpu NAME, --gpu-memory GIB: the card to plan memory and speed for, by default the one here."
 )
 
@@ -43,29 +46,39 @@ class Options:
     rows_per_second: float | None
     like: Path | None
     price: float | None
-    hours: float
+    hours: float | None
     gpu: str | None = None
     gpu_memory: float | None = None
 
 
 def options(flags: Sequence[str]) -> tuple[Options, list[str]]:
     """Takes a plan's own flags out of a command line's. Raises ConfigError for a value that cannot be."""
-    parser = argparse.ArgumentParser(prog="veritune plan RUN.toml", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="veritune plan RUN.toml", add_help=False, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--rows-per-second", "--rows_per_second", type=float)
     parser.add_argument("--like", type=Path)
     parser.add_argument("--price", type=float)
     parser.add_argument("--gpu")
     parser.add_argument("--gpu-memory", "--gpu_memory", type=float)
-    parser.add_argument("--hours", type=float, default=12.0)
-    told, rest = parser.parse_known_args(list(flags))
+    parser.add_argument("--hours", type=float)
+    try:
+        told, rest = parser.parse_known_args(list(flags))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{(error.argument_name or '').partition('/')[0]}: {error.message}") from None
     own = [name for action in parser._actions for name in action.option_strings]
     for flag in (arg.partition("=")[0] for arg in rest if arg.startswith("--")):
+        if flag == "--gpus":
+            raise ConfigError("--gpus is a flag of `veritune train`; a plan reckons with one GPU (--gpu NAME)")
         if near := [name for name in own if distance(name, flag) <= 2]:
             raise ConfigError(f"there is no flag {flag} (did you mean {near[0]!r}?)")
     if told.gpu_memory is not None and told.gpu_memory < 1:
         raise ConfigError("--gpu-memory must be at least 1 GiB")
-    if (told.rows_per_second is not None and not told.rows_per_second > 0) or not told.hours > 0:
-        raise ConfigError("--rows-per-second and --hours must be above 0")
+    for name in ("rows_per_second", "hours"):
+        if getattr(told, name) is not None and not getattr(told, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
+    if told.price is not None and not (told.price >= 0 and math.isfinite(told.price)):
+        raise ConfigError("--price must be a number of at least 0")
     return Options(told.rows_per_second, told.like, told.price, told.hours, told.gpu, told.gpu_memory), rest
 
 
@@ -131,9 +144,10 @@ def show_plan(
         )
         return
     seconds = (shown + SCORING * scored) / rows_per_second
-    sessions = max(math.ceil(seconds / 3600 / told.hours), 1)
+    hours = told.hours or run.session.hours or HOURS
+    sessions = max(math.ceil(seconds / 3600 / hours), 1)
     line = f"time: {duration(seconds)} at {rows_per_second:,.1f} rows/s, beside loading and saving; "
-    line += f"{sessions} session{'s' if sessions > 1 else ''} of {told.hours:g} h"
+    line += f"{sessions} session{'s' if sessions > 1 else ''} of {hours:g} h"
     if told.price is not None:
         line += f"; cost {seconds / 3600 * told.price:,.2f} at {told.price:g} an hour"
     console.out(line, highlight=False)

@@ -236,12 +236,16 @@ def open_board(
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    (folder / "workers").mkdir(parents=True, exist_ok=True)
     study_name, database = folder.name, folder / "study.db"
     if settings.storage is None and join and not database.exists():
-        raise MissingError(f"{folder}: there is no sweep to join; start it without --worker, or name its --storage")
+        raise MissingError(
+            f"{folder}: there is no sweep to join; start it without --worker, or name its --sweep.storage"
+        )
     if settings.storage is None and not database.exists() and any((folder / "trials").glob("*")):
         raise ConfigError(f"{folder} holds trials of another sweep: choose another sweep.out, or move it away")
+    if folder.is_dir() and any(folder.iterdir()) and not ((folder / "workers").is_dir() or database.exists()):
+        raise ConfigError(f"{folder} holds other things and no sweep: choose another sweep.out")
+    (folder / "workers").mkdir(parents=True, exist_ok=True)
     storage = open_storage(settings.storage, database)
     try:
         if join:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .. import config
 from ..errors import ConfigError
-from ..flags import parse
+from ..flags import needs_run_file, parse
 
 
 @dataclass(frozen=True, kw_only=True, config=config.STRICT)
@@ -26,7 +26,7 @@ def sweep(args: Sequence[str], console: Console) -> None:
     """Searches settings around a run file; flags override the file's keys. Raises the kinds in `errors`."""
     file, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     if file is None and not {"-h", "--help"} & set(flags):
-        raise ConfigError("veritune sweep needs a run file: veritune sweep RUN.toml")
+        raise needs_run_file("sweep")
     run, searched, space = config.read_sweep(Path(file)) if file else (None, None, {})
     chosen = parse(
         Search,
@@ -42,5 +42,5 @@ def sweep(args: Sequence[str], console: Console) -> None:
     except ImportError as error:
         if error.name not in ("optuna", "sqlalchemy"):
             raise
-        raise ConfigError("veritune sweep needs optuna: pip install 'veritune[sweep]'") from None
+        raise ConfigError("sweep needs optuna and sqlalchemy: pip install 'veritune[sweep]'") from None
     search(run, chosen.sweep, space, console, worker=chosen.worker, where=str(file))

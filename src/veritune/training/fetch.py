@@ -32,6 +32,12 @@ def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same
     The checkpoint is put in place last, so that a fetch that was cut off is begun again. Returns the step that was
     brought, or None. Raises ConfigError and CheckpointError.
     """
+    if replica.exists() and not replica.is_dir():
+        raise ConfigError(f"checkpoint.replica = '{replica}': this is a file; name a folder")
+    if replica.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"checkpoint.replica = '{replica}' lies in the run folder {folder}, with which it would be lost"
+        )
     own = _newest_whole(folder / "checkpoints")
     if own is None and not replica.parent.is_dir():
         raise ConfigError(

@@ -57,6 +57,9 @@ def divide(
             raise ConfigError(f"[[phases]] and strategy.kind = {strategy.kind!r} exclude each other: keep one of them")
         return _stretches(_new_rows(phases, len(train.labels)), train, strategy, seed)
     if strategy.kind == "plain":
+        idle = [key for key in ("slices", "ends", "slice_rows", "column") if getattr(strategy, key) is not None]
+        if idle:
+            raise ConfigError(f"strategy.{idle[0]} is set, but no strategy.kind that makes slices: name one")
         return ()
     if strategy.ends and (strategy.slices or strategy.slice_rows or strategy.column):
         raise ConfigError("strategy.ends stands alone: drop it, or strategy.slices, slice_rows and column")
