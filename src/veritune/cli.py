@@ -17,7 +17,7 @@ from rich.console import Console
 
 from . import __version__, config
 from .errors import ConfigError, MissingError, VerituneError
-from .flags import HELP, check, names, needs_run_file, parse
+from .flags import check, names, parse, run_file, several
 from .redact import redact
 from .suggest import did_you_mean, nearest
 
@@ -79,15 +79,6 @@ def prepare(
     dataset.prepare(sources, out, settings, console)
 
 
-def run_file(verb: str, args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
-    """The run file that a command line begins with, read, and the flags after it. Raises the kinds in `errors`."""
-    if args and not args[0].startswith("-"):
-        return config.read_run(Path(args[0])), args[1:]
-    if not {arg.partition("=")[0] for arg in args} & {"--out", *HELP}:
-        raise needs_run_file(verb, "; or --out and the other settings as flags")
-    return None, args
-
-
 def plan(args: Sequence[str]) -> None:
     """Prints what a run would do; flags as for `train`, and those of `planned.options`."""
     from .report import planned
@@ -139,22 +130,6 @@ def train(args: Sequence[str]) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def several(args: Sequence[str]) -> tuple[int, list[str]]:
-    """How many processes `--gpus` asks to start, and the other arguments. Raises ConfigError."""
-    left, count = list(args), 1
-    for at in reversed(range(len(left))):
-        name, _, value = left[at].partition("=")
-        if name == "--gpus":
-            value = value or "".join(left[at + 1 : at + 2])
-            del left[at : at + (1 if "=" in left[at] else 2)]
-            if not value.isdecimal() or int(value) < 1:
-                raise ConfigError(f"--gpus {value}: how many GPUs to train on, 1 or more")
-            count = int(value)
-    if count > 1 and "WORLD_SIZE" in os.environ:
-        raise ConfigError(f"--gpus {count}: torchrun has started processes already; leave one of the two out")
-    return count, left
 
 
 def sweep(args: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
@@ -46,6 +48,31 @@ def check(args: Sequence[str], known: Sequence[str], prog: str) -> None:
         if asked not in known and asked not in SHORT:
             near = ["--" + it.replace("_", "-") for it in nearest(asked, known)]
             raise ConfigError(f"there is no flag {name}{did_you_mean(near)}; `{prog} --help` shows all")
+
+
+def run_file(verb: str, args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
+    """The run file that a command line begins with, read, and the flags after it. Raises the kinds in `errors`."""
+    if args and not args[0].startswith("-"):
+        return config.read_run(Path(args[0])), args[1:]
+    if not {arg.partition("=")[0] for arg in args} & {"--out", *HELP}:
+        raise needs_run_file(verb, "; or --out and the other settings as flags")
+    return None, args
+
+
+def several(args: Sequence[str]) -> tuple[int, list[str]]:
+    """How many processes `--gpus` asks to start, and the other arguments. Raises ConfigError."""
+    left, count = list(args), 1
+    for at in reversed(range(len(left))):
+        name, _, value = left[at].partition("=")
+        if name == "--gpus":
+            value = value or "".join(left[at + 1 : at + 2])
+            del left[at : at + (1 if "=" in left[at] else 2)]
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(f"--gpus {value}: how many GPUs to train on, 1 or more")
+            count = int(value)
+    if count > 1 and "WORLD_SIZE" in os.environ:
+        raise ConfigError(f"--gpus {count}: torchrun has started processes already; leave one of the two out")
+    return count, left
 
 
 def needs_run_file(verb: str, otherwise: str = "") -> ConfigError:
