@@ -28,7 +28,7 @@ def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, de
     if any(arg in HELP for arg in args):
         tyro.cli(cls, args=list(args), default=tyro.MISSING_NONPROP if default is None else default, **options)
     check(args, names(cls), prog)
-    for listed in (item.name for item in dataclasses.fields(cls) if any(map(_is_table, get_args(item.type)))):
+    for listed in _tables(cls):
         if any(arg.partition("=")[0] == f"--{listed}" for arg in args):
             raise ConfigError(f"--{listed} is no flag: [[{listed}]] tables stand in the run file")
     # Parsed into a class without checks: tyro would show pydantic's own words for what they refuse.
@@ -103,8 +103,9 @@ def names(what: Any, prefix: str = "") -> list[str]:
     return out
 
 
-def _is_table(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind)
+def _tables(cls: Any) -> list[str]:
+    """The settings that are tables in a list, such as `[[phases]]`, which no flag can hold."""
+    return [it.name for it in dataclasses.fields(cls) if any(map(dataclasses.is_dataclass, get_args(it.type)))]
 
 
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
