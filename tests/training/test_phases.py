@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from veritune import config
 from veritune.data.generate import generate
-from veritune.errors import ConfigError
+from veritune.errors import ConfigError, MissingError
 from veritune.model import adapter, load
 from veritune.quality.forgetting import average_forgetting, backward_transfer
 from veritune.training.trainer import Training, train
@@ -177,3 +177,20 @@ def test_many_runs_share_one_base(data: Path, tiny_folder: Path, tmp_path: Path)
     assert same(tensors(tmp_path / "a"), tensors(tmp_path / "alone"))
     assert same(tensors(tmp_path / "c"), tensors(tmp_path / "alone"))
     assert len(seen) == 3
+
+
+def test_what_a_run_started_from_may_be_gone_once_it_has_a_checkpoint(
+    data: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    trained(settings(tmp_path / "first", data, tiny_folder))
+    start, every = tmp_path / "start", {"every": 2, "keep": 100}
+    shutil.copytree(tmp_path / "first" / "adapter", start)
+    run = settings(tmp_path / "run", data, tiny_folder, train={"start_from": str(start)}, checkpoint=every)
+    trained(run)
+    begun = copied_until(run, 2, tmp_path / "begun")
+    shutil.rmtree(start)
+    trained(begun)
+    assert_same(tmp_path / "begun", tmp_path / "run")
+    never = settings(tmp_path / "never", data, tiny_folder, train={"start_from": str(start)})
+    with pytest.raises(MissingError, match=r"train.start_from.*no such adapter folder"):
+        trained(never)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import config
 from ..durable import alone_in
+from ..errors import MissingError
 from ..model import adapter, load
 from ..model.compiled import compile_layers, plain_layers
 from ..model.graphs import Graphs, launch_bound, own_stream, record
@@ -145,6 +146,8 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
         if replica is not None and (step := fetch(folder, replica, values, same_so_far, console.out)) is not None:
             console.out(f"brought back from {replica}, as it was after step {step:,}", highlight=False)
         saved = load_latest(folder / "checkpoints", warn=console.out)
+        if saved is None and begun_from_nothing(run):
+            raise MissingError(f"train.start_from = {run.train.start_from!r}: no such adapter folder")
         runfolder.start(folder, values, lambda earlier: same_so_far(earlier, saved.step if saved else 0))
         return saved
 
@@ -307,7 +310,8 @@ def prepare(
     if reason:
         said = f"{base.path}: rows are computed one by one, slowly, because {reason}"
         console.print(said, style="yellow", markup=False)
-    model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=run.train.start_from)
+    start = run.train.start_from if not begun_from_nothing(run) else None
+    model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
     parameters = [p for p in model.parameters() if p.requires_grad]
     state = Training(
         run=run,
@@ -334,6 +338,11 @@ def prepare(
     if run.lora.dropout:  # it depends on how a step is cut, which memory may have decided otherwise on each rank
         state.budget = min(world.gather(state.budget))
     return state
+
+
+def begun_from_nothing(run: config.Run) -> bool:
+    """Whether train.start_from names an adapter that is not there (any more): a run that goes on does not need it."""
+    return run.train.start_from is not None and not Path(run.train.start_from).expanduser().is_dir()
 
 
 def speed_up(state: Training, console: Console) -> None:
