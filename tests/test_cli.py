@@ -341,6 +341,19 @@ def test_a_mistake_ends_the_process_with_2(tmp_path: Path) -> None:
     assert done.stderr == f"veritune: {tmp_path / 'none.csv'}: no such file or folder\n"
 
 
+def test_a_process_ends_before_its_hours_with_all_saved(place: Place, tiny_folder: Path, tmp_path: Path) -> None:
+    out, limit = tmp_path / "run", 30.0
+    file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out, train="epochs = 3000")
+    args = [sys.executable, "-m", "veritune", "train", str(file), "--hours", str(limit / 3600)]
+    began = time.monotonic()
+    done = subprocess.run(args, capture_output=True, text=True, timeout=90)
+    assert time.monotonic() - began < limit
+    assert done.returncode == 130, done.stderr
+    assert "the limit of" in done.stdout
+    steps = [line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+    assert (out / "checkpoints" / f"step-{steps[-1]:08d}" / "manifest.json").exists()
+
+
 def test_a_stopped_process_goes_on_with_the_same_command(place: Place, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out, train="epochs = 4")

@@ -69,7 +69,8 @@ class Session:
         A save that was never seen is taken to last 2 % of the limit, at most a minute; other work nothing.
         """
         seen = {"save": min(60.0, 0.02 * self._seconds)} | self._longest
-        return CAUTION * sum(seen.get(kind, 0.0) for kind in (*kinds, "save")) + min(20.0, 0.01 * self._seconds)
+        ending = min(20.0, max(3.0, 0.01 * self._seconds))
+        return CAUTION * sum(seen.get(kind, 0.0) for kind in (*kinds, "save")) + ending
 
     def check(self, *kinds: str) -> None:
         """Raises Stop if a signal came, or if these kinds of work and a save would not be done before the limit."""
