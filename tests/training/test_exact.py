@@ -13,27 +13,14 @@ from typing import Any, get_args
 import pytest
 import torch
 from rich.console import Console
-from runs import assert_same, checkpoints, copied_until, metrics, prepared, settings
+from runs import assert_same, checkpoints, copied_until, metrics, settings
 
 from veritune import config
-from veritune.data.generate import generate
 from veritune.model import load
 from veritune.training import measure, trainer
 from veritune.training import step as steps
 from veritune.training.checkpoint import Saved
 from veritune.training.progress import At
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows to train on and 8 to validate on."""
-    return prepared(generate(12, solutions_per_question=4, seed=1), tmp_path_factory.mktemp("data") / "d", 8)
-
-
-@pytest.fixture(scope="module")
-def base(tiny_folder: Path) -> load.Base:
-    return load.load_base(config.Model(path=str(tiny_folder), base="fp32", device="cpu"))
-
 
 PHASES = [
     {"rows": [0, 16], "lr": 0.05, "schedule": "constant"},

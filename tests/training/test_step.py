@@ -12,28 +12,16 @@ import polars as pl
 import pytest
 import torch
 from rich.console import Console
-from runs import checkpoints, metrics, prepared, settings
+from runs import checkpoints, metrics, settings
 from safetensors.torch import load_file
 
 from veritune import config
 from veritune.data import dataset
-from veritune.data.generate import generate
 from veritune.errors import DataError, NonFiniteError
 from veritune.model import load
 from veritune.training import step as steps
 from veritune.training.feed import Rows
 from veritune.training.trainer import Training, train
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows to train on and 8 to validate on."""
-    return prepared(generate(12, solutions_per_question=4, seed=1), tmp_path_factory.mktemp("data") / "d", 8)
-
-
-@pytest.fixture(scope="module")
-def base(tiny_folder: Path) -> load.Base:
-    return load.load_base(config.Model(path=str(tiny_folder), base="fp32", device="cpu"))
 
 
 def run_of(out: Path, data: Path, model: Path, policy: str, **changes: Any) -> config.Run:

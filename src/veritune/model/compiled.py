@@ -22,11 +22,11 @@ def compile_layers(model: Any, loss: Callable[[], Tensor]) -> str | None:
     """
     if all(layer._compiled_call_impl is not None for layer in layers(model)):
         return None
-    plain = _gradients(model, loss)
+    plain = gradients(model, loss)
     for layer in layers(model):
         layer.compile(dynamic=True)
     try:
-        compiled = _gradients(model, loss)
+        compiled = gradients(model, loss)
     except Exception as error:  # whatever a compiler of kernels can raise, plain layers still work
         reason = f"compiling failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
     else:
@@ -44,7 +44,7 @@ def plain_layers(model: Any) -> None:
         layer._compiled_call_impl = None
 
 
-def _gradients(model: Any, loss: Callable[[], Tensor]) -> Tensor:
+def gradients(model: Any, loss: Callable[[], Tensor]) -> Tensor:
     """The loss's gradient, all trained tensors in one vector."""
     loss().backward()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..tokens.pad import Size, pad
 from ..tokens.trie import Trie
 from .attention import Paths
+from .compiled import gradients
 from .load import layers
 from .verdict import logits_of
 
@@ -119,10 +120,7 @@ def record(
     """Graphs of a model, if the first one gives the gradients of `plain()`, a loss of the same few real rows; or None
     and why not. Leaves `grad` at zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    plain().backward()
-    expected = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
-    for p in trained:
-        p.grad = None
+    expected = gradients(model, plain)
     graphs = Graphs(model, device, answer_ids)
     try:
         graphs.backward(trie, labels, 1.0)
