@@ -32,6 +32,7 @@ class Paths:
     segments: Tensor  # int32 [S + 1]
     path: Tensor  # int64 [P]
     paths: Tensor  # int32 [S + 1]
+    ends: Tensor  # int64 [rows]
     longest_segment: int
     longest_path: int
 
@@ -42,6 +43,7 @@ def paths_of(trie: Trie, device: torch.device) -> Paths:
         segments=torch.from_numpy(trie.segments).to(device, non_blocking=True),
         path=torch.from_numpy(trie.path).to(device, non_blocking=True),
         paths=torch.from_numpy(trie.paths).to(device, non_blocking=True),
+        ends=torch.from_numpy(trie.ends).to(device, non_blocking=True),
         longest_segment=trie.longest_segment,
         longest_path=trie.longest_path,
     )

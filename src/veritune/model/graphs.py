@@ -104,8 +104,8 @@ class Graphs:
     def _loss(self, size: Size, numbers: Tensor, weights: Tensor) -> Tensor:
         counts = (size.tokens, size.tokens, size.path, size.rows, size.rows, size.segments + 1, size.segments + 1)
         ids, positions, path, ends, answers, segments, paths = numbers.split(counts)
-        along = Paths(segments.int(), path, paths.int(), size.longest_segment, size.longest_path)
-        logits = logits_of(self._model, ids, positions, ends, along)
+        along = Paths(segments.int(), path, paths.int(), ends, size.longest_segment, size.longest_path)
+        logits = logits_of(self._model, ids, positions, along)
         return (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
 
 

@@ -29,6 +29,7 @@ from ..errors import ConfigError, MissingError, ModelError, RoomError
 from ..tokens.encode import Ids
 from ..tokens.trie import build
 from . import attention, gguf, hub
+from .narrow import narrow
 from .verdict import label_logits, rowwise_logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp8": torch.bfloat16}
@@ -157,8 +158,9 @@ def _whole(loaded: Any) -> Any:
 
 
 def use_paths(model: Any) -> None:
-    """Switches a model's attention to the one along trie paths."""
+    """Switches a model's attention to the one along trie paths, and its last layer to the label rows."""
     model.set_attn_implementation(attention.NAME)
+    narrow(model)
 
 
 def check_paths(base: Base, max_length: int) -> str | None:

@@ -9,6 +9,10 @@ from typing import Any
 from ..errors import MissingError, ModelError
 from . import header
 
+NARROW = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose decoder layer is norm, attention, sum, norm, MLP, sum: the last one computes its MLP for the label
+rows alone; see `narrow`."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -23,6 +27,8 @@ class Shape:
     vocabulary: int
     tied: bool
     """The readout's weights are the embedding's."""
+    narrow: bool = False
+    """Whether the last layer is a `narrow.NarrowLayer`."""
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> "Shape":
@@ -40,6 +46,7 @@ class Shape:
                 head_dim=config.get("head_dim") or hidden // heads,
                 vocabulary=config["vocab_size"],
                 tied=config.get("tie_word_embeddings", False),
+                narrow=kind in NARROW,
             )
         except KeyError as error:
             raise ModelError(f"the memory of a model of type {kind!r} is not foreseen: it has no {error}") from None

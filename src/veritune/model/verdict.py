@@ -13,22 +13,20 @@ from torch import Tensor
 
 from ..tokens.trie import Trie, build
 from .attention import Paths, paths_of
+from .narrow import is_narrow
 
 
 def label_logits(model: Any, trie: Trie, device: torch.device) -> Tensor:
     """Logits of the token after each row, float32 [rows, vocabulary], of a causal language model of transformers'
     whose attention is `attention.NAME`."""
-    ids, positions, ends = (
-        torch.from_numpy(a).to(device, non_blocking=True) for a in (trie.ids, trie.positions, trie.ends)
-    )
-    return logits_of(model, ids, positions, ends, paths_of(trie, device))
+    ids, positions = (torch.from_numpy(a).to(device, non_blocking=True) for a in (trie.ids, trie.positions))
+    return logits_of(model, ids, positions, paths_of(trie, device))
 
 
-def logits_of(model: Any, ids: Tensor, positions: Tensor, ends: Tensor, paths: Paths) -> Tensor:
-    """The same of a trie's arrays on the device: ids and positions int64 [T], ends int64 [rows]."""
-    out = model(
-        input_ids=ids[None], position_ids=positions[None], paths=paths, logits_to_keep=ends, use_cache=False
-    )  # fmt: skip
+def logits_of(model: Any, ids: Tensor, positions: Tensor, paths: Paths) -> Tensor:
+    """The same of a trie's arrays on the device: ids and positions int64 [T]."""
+    keep = 0 if is_narrow(model) else paths.ends  # 0: of all that there is
+    out = model(input_ids=ids[None], position_ids=positions[None], paths=paths, logits_to_keep=keep, use_cache=False)
     return out.logits[0].float()
 
 

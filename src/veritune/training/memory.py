@@ -67,7 +67,10 @@ MLP = {"plain": Widths(hidden=1, inner=2), "compiled": Widths(hidden=1, inner=2)
 """The gradients that live beside that while the last product of a layer's MLP goes back."""
 
 FINAL_NORM = Widths(wide=6)
-"""The same for the norm after the last layer, which is never compiled."""
+"""The same for the norm after the last layer, which is never compiled; a narrow last layer leaves it the label rows."""
+
+LAST = Widths(hidden=1, wide=1, query=2, key=2, low=1, sums=1)
+"""What autograd keeps of a narrow last layer, which is never compiled either: its attention's part."""
 
 ATTENTION = Widths(hidden=1, query=2)
 """The same for attention, less paths: the gradients of its output and of the queries."""
@@ -129,10 +132,17 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     backward = max(size(MLP[mode]), attention)
     readout = batch.rows * shape.vocabulary * (element + 3 * 4)
     whole = shape.layers - recomputed
-    boundaries = recomputed * batch.tokens * element * shape.hidden
+    # The inputs of recomputed layers; a narrow last one needs less than those before it, so its own is free by then.
+    boundaries = (recomputed - (shape.narrow and not whole)) * batch.tokens * element * shape.hidden
     first = size(FIRST[mode]) if not recomputed else 0
     # The top of the backward pass; the last layer that kept all; one that was computed again.
-    moments = [(whole * kept - first, max(size(FINAL_NORM), readout)), (max(whole, 1) * kept - first, backward)]
+    if shape.narrow and whole:
+        top = (whole - 1) * kept + size(LAST) + copies
+        highest = max(readout, size(ATTENTION) + _paths(shape, batch, element))
+        whole -= 1
+    else:
+        top, highest = whole * kept, max(0 if shape.narrow else size(FINAL_NORM), readout)
+    moments = [(top - first, highest), (max(whole, 1) * kept - first, backward)]
     of_layers, working = max(moments, key=sum)
     if job.precision == "nf4":
         working += 2 * shape.largest
