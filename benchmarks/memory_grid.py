@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from veritune import config
 from veritune.model import adapter, load
-from veritune.model.compiled import compile_layers
+from veritune.model.compiled import compile_layers, gradients
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import Trie, build
@@ -175,7 +175,7 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
     compiling = time.perf_counter()
     if group.compiled:
         trie = batch(Point(1024, 128), shape.vocabulary)
-        print("compiled:", compile_layers(model, lambda: forward(trie)) or "ok", flush=True)
+        print("compiled:", compile_layers(model, lambda: gradients(model, lambda: forward(trie))) or "ok", flush=True)
         forward(trie).backward()
     compiling = time.perf_counter() - compiling
     job = memory.Job(group.precision, group.rank, config.Lora().targets, "adamw_torch", group.compiled)

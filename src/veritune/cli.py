@@ -165,7 +165,7 @@ def evaluate(
     if out and out.is_dir():
         raise ConfigError(f"--out {out}: this is a folder; name a file")
     rows = evaluation.check(frame, how.columns, by=by, where=str(data))
-    verifier = load_verifier(adapter, how)
+    verifier = load_verifier(adapter, how, merge=False if baseline else None)
     scores = evaluation.score_frame(verifier.score_rows, rows, console)
     plain = None
     if baseline:
@@ -303,11 +303,13 @@ def schema(out: Path | None = None) -> None:
     write_schema(out)
 
 
-def load_verifier(adapter: Path, how: "UseSettings") -> Any:
+def load_verifier(adapter: Path, how: "UseSettings", merge: bool | None = None) -> Any:
     from .model.verifier import Verifier
 
     with console.status("loading the model"):
-        return Verifier.load(adapter, base=how.model, precision=how.base, device=how.device, warn=console.out)
+        return Verifier.load(
+            adapter, base=how.model, precision=how.base, device=how.device, merge=merge, warn=console.out
+        )
 
 
 VERBS: dict[str, Callable[..., None]] = {

@@ -130,9 +130,9 @@ class Train:
     when it starts."""
     compile: bool = True
     """On a GPU, compile each layer: about a minute at the start, then much faster. The result differs by rounding."""
-    cuda_graphs: bool = False
-    """On a GPU with compile, record a small model's passes as CUDA graphs if they give the same gradients. New: its
-    test passes on an H200, no whole run has used it."""
+    cuda_graphs: bool = True
+    """On a GPU with compile, record a small model's passes as CUDA graphs, if they give the same gradients, and repeat
+    them: several times faster where Python could not start kernels as fast as they end."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of rows, the adapter's first weights and dropout."""
     start_from: str | None = None

@@ -62,7 +62,7 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
 
     adapter = out / "run" / "adapter"
     say(f"4. veritune evaluate {adapter} {held_out} --baseline")
-    verifier = Verifier.load(adapter, warn=console.print)
+    verifier = Verifier.load(adapter, merge=False, warn=console.print)
     table = sources.read_table(held_out)
     rows = evaluation.check(table, where=str(held_out))
     scores = evaluation.score_frame(verifier.score_rows, rows, console)

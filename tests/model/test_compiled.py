@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from veritune import config
 from veritune.model import adapter, load
-from veritune.model.compiled import compile_layers
+from veritune.model.compiled import compile_layers, gradients
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import build
 
@@ -48,7 +48,7 @@ def test_compiled_once_for_every_number_of_tokens() -> None:
     base = load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
     made = model(base)
     plain = [gradient(made, size) for size in range(5)]
-    assert compile_layers(made, lambda: loss_of(made, 2)) is None
+    assert compile_layers(made, lambda: gradients(made, lambda: loss_of(made, 2))) is None
     graphs = counters["stats"]["unique_graphs"]
     for size, expected in enumerate(plain):
         assert float((gradient(made, size) - expected).norm() / expected.norm()) <= 1e-5
@@ -57,7 +57,7 @@ def test_compiled_once_for_every_number_of_tokens() -> None:
     # The next run's adapter on the same base finds the layers compiled.
     adapter.remove(base)
     made = model(base)
-    assert compile_layers(made, lambda: loss_of(made, 2)) is None
+    assert compile_layers(made, lambda: gradients(made, lambda: loss_of(made, 2))) is None
     for size, expected in enumerate(plain):
         assert float((gradient(made, size) - expected).norm() / expected.norm()) <= 1e-5
     assert counters["stats"]["unique_graphs"] == graphs
@@ -108,7 +108,7 @@ def test_layers_that_compile_to_something_else_stay_plain(wrong: str, monkeypatc
     made = model()
     before = gradient(made, 1)
     monkeypatch.setattr(torch.nn.Module, "compile", miscompile)
-    reason = compile_layers(made, lambda: loss_of(made, 1))
+    reason = compile_layers(made, lambda: gradients(made, lambda: loss_of(made, 1)))
     assert reason is not None
     assert ("no kernel for this" if wrong == "broken" else "off by") in reason
     assert torch.equal(gradient(made, 1), before)

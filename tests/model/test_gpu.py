@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veritune import config
 from veritune.model import adapter, graphs, load, precision
+from veritune.model import compiled as compiled_layers
 from veritune.model.compiled import compile_layers
 from veritune.model.verdict import label_logits, label_loss, rowwise_logits
 from veritune.tokens.trie import build
@@ -71,7 +72,8 @@ def test_flash_paths_and_compiled_layers_learn_what_stock_learns(heads, key_head
     load.set_training(model)
     if compiled:
         trie = build(given)
-        assert compile_layers(model, lambda: label_loss(label_logits(model, trie, device), labels, ANSWERS)) is None
+        loss = lambda: label_loss(label_logits(model, trie, device), labels, ANSWERS)  # noqa: E731
+        assert compile_layers(model, lambda: compiled_layers.gradients(model, loss)) is None
     ours = gradients(model, label_logits(model, build(given), device), labels)
     # bf16 rounds; ours may be no further from float64 than stock's own bf16, give or take.
     assert worst(ours, truth) <= 1.5 * worst(expected, truth) + 0.01
@@ -145,10 +147,9 @@ def test_fp8_products_on_the_gpu_are_those_their_numbers_stand_for(compiled):
         load.set_training(each)
         if compiled and each is model:
             trie = build(given)
-            assert (
-                compile_layers(each, lambda m=each, t=trie: label_loss(label_logits(m, t, device), labels, ANSWERS))
-                is None
-            )
+            loss = lambda m=each, t=trie: label_loss(label_logits(m, t, device), labels, ANSWERS)  # noqa: E731
+            found_by = lambda m=each, loss=loss: compiled_layers.gradients(m, loss)  # noqa: E731
+            assert compile_layers(each, found_by, precision="fp8") is None
         found.append(gradients(each, label_logits(each, build(given), device), labels))
     everything = [torch.cat([g.flatten() for g in grads.values()]) for grads in found]
     assert (everything[0] - everything[1]).norm() < 0.3 * everything[1].norm()

@@ -201,3 +201,16 @@ def test_a_model_that_cannot_share_rows_says_so_and_scores_all_the_same(tmp_path
         with torch.no_grad():
             logits = stock(input_ids=torch.tensor(row, dtype=torch.int64)[None]).logits[0, -1].double()
         assert ours == pytest.approx(float(logits[list(verifier.encoder.frame.answer_ids)].softmax(0)[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-6), ("bf16", 0.02), ("fp8", 0.1)])
+def test_a_merged_adapter_gives_the_same_scores(
+    folder: Path, verifier: Verifier, rows: tuple[list[str], list[str]], precision: str, off: float
+) -> None:
+    expected, base = verifier.score_rows(*rows), verifier.without_adapter().score_rows(*rows)
+    merged = loaded(folder, precision=precision, merge=True)
+    assert np.abs(merged.score_rows(*rows) - expected).max() < off
+    assert np.abs(base - expected).max() > 2 * off
+    assert merged.identity != loaded(folder, precision=precision).identity
+    with pytest.raises(ConfigError, match="merge=False"):
+        merged.without_adapter()

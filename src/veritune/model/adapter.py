@@ -103,10 +103,13 @@ def _speed_up(model: Any, base: Base) -> None:
         precision.to_fp8(model)
 
 
-def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropout: float | None = None) -> Any:
+def load_adapter(
+    base: Base, path: str | Path, *, trainable: bool = False, dropout: float | None = None, merge: bool = False
+) -> Any:
     """A LoRA adapter in PEFT's format on a base, whole or not at all. `dropout`: in place of the adapter's own.
 
-    Raises MissingError or ModelError.
+    With `merge` it is added to the base's weights, which rounds each sum once to their precision and saves the products
+    with the adapter; the base is then no longer what it was. Raises MissingError or ModelError.
     """
     folder = Path(path).expanduser()
     file = folder / "adapter_model.safetensors"
@@ -139,6 +142,11 @@ def load_adapter(base: Base, path: str | Path, *, trainable: bool = False, dropo
     broken = [name for name, value in wanted.items() if not bool(value.isfinite().all())]
     if broken:
         raise ModelError(f"{path}: {len(broken)} of the adapter's tensors are not finite, {broken[0]} for one")
+    if merge:
+        model = model.merge_and_unload()
+        if base.precision == "fp8":
+            precision.to_fp8(model, train=False)
+        return model
     _speed_up(model, base)
     return model
 

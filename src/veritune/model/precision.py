@@ -19,7 +19,6 @@ from .load import layers
 
 Kind = Literal["plain", "nf4", "fp8"]
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
 
 
 @torch.library.custom_op("veritune::product_plus", mutates_args=())
@@ -54,12 +53,17 @@ def product_plus_fp8(
     x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, low: Tensor, up: Tensor
 ) -> Tensor:
     """The same with x [T, k] and w [n, k] in FP8, `scale` [T, 1] and `w_scale` [1, n] in float32; -> low's dtype."""
+    return product_fp8(x, scale, w, w_scale, bias, low.dtype).addmm_(low, up.t())
+
+
+def product_fp8(
+    x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x w^T + bias of FP8 numbers and their scales, in `dtype`."""
     if x.is_cuda:
-        y = torch.ops.aten._scaled_mm(x, w.t(), scale, w_scale, bias, None, low.dtype, True)
-    else:
-        y = ((x.float() * scale) @ (w.float().t() * w_scale)).to(low.dtype)
-        y = y if bias is None else y + bias
-    return y.addmm_(low, up.t())
+        return torch.ops.aten._scaled_mm(x, w.t(), scale, w_scale, bias, None, dtype, True)
+    y = ((x.float() * scale) @ (w.float().t() * w_scale)).to(dtype)
+    return y if bias is None else y + bias
 
 
 @product_plus_fp8.register_fake
@@ -69,7 +73,8 @@ def _(x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Any, low: Tens
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [rows, k] in FP8, and each row's scale in float32 [rows, 1]."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    # 448 is e4m3's largest number, here as a literal: torch 2.11's compiler fails on a constant of the module.
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0
     return (x.float() / scale).to(FP8), scale
 
 
@@ -92,7 +97,7 @@ def plus_back(kind: Kind, grad: Tensor, frozen: tuple[Tensor, ...], low: Tensor,
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear layer that holds its weight in FP8 twice: by row for x W^T, by column for its gradient."""
+    """A frozen linear layer that holds its weight in FP8: by row, and to train by column too, for the gradient."""
 
     by_row: Tensor  # [n, k]
     row_scale: Tensor  # [1, n]
@@ -100,14 +105,15 @@ class Fp8Linear(nn.Linear):
     column_scale: Tensor  # [1, k]
 
     def forward(self, input: Tensor) -> Tensor:
+        """Without gradients; under an adapter, `plus` takes this layer's place."""
         flat = input.reshape(-1, input.shape[-1])
-        low, up = flat.new_zeros(flat.shape[0], 1), flat.new_zeros(self.out_features, 1)
-        y = product_plus_fp8(*quantise_rows(flat), self.by_row, self.row_scale, self.bias, low, up)
+        y = product_fp8(*quantise_rows(flat), self.by_row, self.row_scale, self.bias, input.dtype)
         return y.view(*input.shape[:-1], y.shape[-1])
 
 
-def to_fp8(model: nn.Module) -> None:
-    """Turns every linear layer inside a model's decoder layers, the adapter's own excepted, into FP8, in place.
+def to_fp8(model: nn.Module, *, train: bool = True) -> None:
+    """Turns every linear layer inside a model's decoder layers, the adapter's own excepted, into FP8, in place. Not to
+    `train`, it is held once.
 
     Raises ConfigError on a GPU without FP8 products.
     """
@@ -121,7 +127,7 @@ def to_fp8(model: nn.Module) -> None:
                     )
                 module.__class__ = Fp8Linear
                 weight = module.weight.detach()
-                for part, of in (("row", weight), ("column", weight.t())):
+                for part, of in (("row", weight), ("column", weight.t()))[: 2 if train else 1]:
                     values, scale = quantise_rows(of)
                     module.register_buffer(f"by_{part}", values.contiguous(), persistent=False)
                     module.register_buffer(f"{part}_scale", scale.t().contiguous(), persistent=False)

@@ -2,22 +2,29 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import config
+from ..errors import ConfigError
 from ..tokens.encode import Encoder, encoder
 from ..tokens.prompt import check_answers
-from ..tokens.trie import split
+from ..tokens.trie import Trie, build, split
 from . import adapter, load
-from .verdict import logits, p_correct
+from .compiled import compile_layers
+from .verdict import label_logits, p_correct, rowwise_logits
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+COMPILE_AFTER = 60.0
+"""Seconds of scoring. On a GPU, compiling takes some 20."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,12 @@ class Verifier:
     """Rows share their beginnings; False for models whose attention paths cannot express."""
     budget: int
     """Tokens computed at once."""
+    merged: bool = False
+    """The adapter is part of the weights."""
+    precision: str = "bf16"
+    """How the base is held; see `config.Model.base`."""
+    pace: "Pace" = field(default_factory=lambda: Pace())
+    warn: Callable[[str], None] = print
 
     @staticmethod
     def load(
@@ -41,13 +54,15 @@ class Verifier:
         base: str | None = None,
         precision: str = "auto",
         device: str = "auto",
+        merge: bool | None = None,
         warn: Callable[[str], None] = print,
     ) -> "Verifier":
         """Loads an adapter folder and the base it was trained on.
 
         base: the base model's place if it has moved. precision: of the base, as in `config.Model`; auto takes the one
-        it was trained with, or fp32 for bf16 where there are no bf16 products. Raises MissingError, ModelError,
-        ConfigError or RoomError.
+        it was trained with, or fp32 for bf16 where there are no bf16 products. merge: whether the adapter is added to
+        the weights, which is faster; by default on a GPU, where that rounds no more than bf16 products do anyway. Then
+        there is no `without_adapter`. Raises MissingError, ModelError, ConfigError or RoomError.
         """
         about = adapter.read_about(path)
         found = load.pick_device(device)
@@ -62,10 +77,14 @@ class Verifier:
         reason = load.check_paths(loaded, about.frame.max_length)
         if reason:
             warn(f"{settings.path}: rows are scored one by one, slowly, because {reason}")
-        model = adapter.load_adapter(loaded, path)
+        if merge is None:
+            # An adapter trained on FP8 weights has learnt to live with just their rounding.
+            merge = found.type == "cuda" and (precision == "bf16" or (precision == "fp8" and about.precision != "fp8"))
+        model = adapter.load_adapter(loaded, path, merge=merge)
         model.eval()
         digest = hashlib.sha256((Path(path).expanduser() / "adapter_model.safetensors").read_bytes())
-        digest.update(json.dumps([about.frame.to_json(), settings.path, precision], sort_keys=True).encode())
+        values = [about.frame.to_json(), settings.path, precision, *(["merged"] if merge else [])]
+        digest.update(json.dumps(values, sort_keys=True).encode())
         return Verifier(
             model=model,
             encoder=encoder(about.frame, loaded.tokenizer),
@@ -73,10 +92,15 @@ class Verifier:
             identity=digest.hexdigest()[:16],
             shared=reason is None,
             budget=MICRO_BATCH_TOKENS[loaded.device.type],
+            merged=merge,
+            precision=precision,
+            warn=warn,
         )
 
     def without_adapter(self) -> "Baseline":
-        """The base model with the same prompt, to compare with."""
+        """The base model with the same prompt, to compare with. Raises ConfigError if the adapter was merged."""
+        if self.merged:
+            raise ConfigError("the adapter is part of the weights: load the verifier with merge=False")
         return Baseline(self)
 
     def score(self, question: str, solutions: Sequence[str]) -> np.ndarray:
@@ -88,14 +112,42 @@ class Verifier:
     ) -> np.ndarray:
         """P(correct) of each row, float64 [rows], in their order. `progress` is told of newly scored rows.
 
-        A score does not depend on the rows beside it, but for rounding.
+        A score does not depend on the rows beside it, but for rounding. On a GPU, who scores for a minute is taken to
+        have more to score: layers are then compiled.
         """
         if not len(questions):
             return np.zeros(0)
         rows, _ = self.encoder.rows(questions, solutions)
-        return score_ids(
-            self.model, rows, self.encoder.frame.answer_ids, self.device, self.budget, self.shared, progress
-        )
+        started = time.perf_counter()
+        p = score_ids(self.model, rows, self.encoder.frame.answer_ids, self.device, self.budget, self.shared, progress)
+        self.pace.seconds += time.perf_counter() - started
+        if self.pace.seconds > COMPILE_AFTER:
+            self.compile(questions[:8], solutions[:8])
+        return p
+
+    def compile(self, questions: Sequence[str], solutions: Sequence[str]) -> None:
+        """Compiles the layers on a GPU, once, if these rows' logits then stay what they are: tens of seconds, after
+        which scoring is faster."""
+        if self.pace.compiled or self.device.type != "cuda" or not self.shared:
+            return
+        self.pace.compiled = True
+        trie = build(self.encoder.rows(questions, solutions)[0])
+
+        def centred() -> Tensor:
+            with torch.inference_mode():
+                found = label_logits(self.model, trie, self.device)
+                return found - found.mean(-1, keepdim=True)
+
+        if problem := compile_layers(self.model, centred, "logits", precision=self.precision):
+            self.warn(f"layers are not compiled, which is slower: {problem}")
+
+
+@dataclass
+class Pace:
+    """How long a verifier has scored, and whether it was sped up for it."""
+
+    seconds: float = 0.0
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,10 +178,47 @@ def score_ids(
 ) -> np.ndarray:
     """P(correct) of encoded rows (int32 [length] each), float64 [rows], `budget` tokens at a time."""
     out = np.empty(len(rows))
-    with torch.inference_mode():
-        for part in split(rows, budget):
-            scored = logits(model, [rows[i] for i in part], device, shared=shared)
-            out[part] = p_correct(scored, answer_ids).cpu().numpy()
-            if progress:
-                progress(len(part))
+    parts = split(rows, budget)
+    with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
+
+        def trie(part: list[int]) -> Future[Trie]:
+            return pool.submit(build, [rows[i] for i in part])
+
+        ready = trie(parts[0]) if parts and shared else None
+        asked: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
+        for number, part in enumerate(parts):
+            if ready is not None:
+                scored = label_logits(model, ready.result(), device)
+                ready = trie(parts[number + 1]) if number + 1 < len(parts) else None
+            else:
+                scored = rowwise_logits(model, [rows[i] for i in part], device)
+            asked.append((part, *_on_its_way(p_correct(scored, answer_ids))))
+            if len(asked) > 1:  # a GPU goes on with this batch while the last one's scores are read
+                _take(*asked.pop(0), out, progress)
+        for done in asked:
+            _take(*done, out, progress)
     return out
+
+
+def _on_its_way(scores: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Scores on the CPU, there once the event has passed."""
+    if not scores.is_cuda:
+        return scores, None
+    there = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True).copy_(scores, non_blocking=True)
+    passed = torch.cuda.Event()
+    passed.record()
+    return there, passed
+
+
+def _take(
+    part: list[int],
+    scores: Tensor,
+    passed: torch.cuda.Event | None,
+    out: np.ndarray,
+    progress: Callable[[int], None] | None,
+) -> None:
+    if passed is not None:
+        passed.synchronize()
+    out[part] = scores.numpy()
+    if progress:
+        progress(len(part))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..model import load
+from ..model.compiled import uncompiled
 from ..model.verifier import score_ids
 from ..quality import forgetting, metrics
 from . import runfolder
@@ -85,7 +86,8 @@ def _scores(state: "Training", rows: Rows, stop: Session) -> np.ndarray:
     share = state.world.share(ids)
     mine, answers, device = [ids[i] for i in share], state.encoder.frame.answer_ids, state.base.device
     try:
-        scores = score_ids(state.model, mine, answers, device, state.budget, state.shared, progress)
+        with uncompiled(state.model):
+            scores = score_ids(state.model, mine, answers, device, state.budget, state.shared, progress)
     except Stop:
         scores = None
     load.set_training(state.model, recomputed=state.recomputed)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .. import config
 from ..durable import alone_in
 from ..errors import MissingError
 from ..model import adapter, load
-from ..model.compiled import compile_layers, plain_layers
+from ..model.compiled import compile_layers, gradients, plain_layers
 from ..model.graphs import Graphs, launch_bound, own_stream, record
 from ..model.verifier import MICRO_BATCH_TOKENS
 from ..tokens import prompt
@@ -353,7 +354,8 @@ def speed_up(state: Training, console: Console) -> None:
         own_stream(state.base.device)
     # Plain layers, which these are compared with, take more memory: a few rows.
     _, (few, *_), _ = micro_batches(alone, 0, min(state.budget, room.PROBE_TOKENS))
-    problem = compile_layers(state.model, lambda: micro_loss(state, few))
+    compute = partial(gradients, state.model, partial(micro_loss, state, few))
+    problem = compile_layers(state.model, compute, precision=state.base.precision)
     slower = "layers are not compiled"
     if problem:
         room.replan(state, compiled=False)
