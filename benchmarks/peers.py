@@ -5,7 +5,8 @@
     python benchmarks/peers.py unsloth ROWS.npz DIR --bits 4|16 --batch N
 
 Rows come as padded batches of whole rows in veritune's order (8 solutions of a question side by side), each with one
-label token. Prints a RESULT line: examples/s is the median of three windows after warm-up.
+label token; with `--by-length` in batches of rows of like length, so that little is padding, dealt evenly to the
+windows. Prints a RESULT line: examples/s is the median of three windows after warm-up.
 """
 
 import argparse
@@ -39,14 +40,33 @@ def make(folder: Path) -> None:
     tok.save_pretrained(folder)
 
 
-def dataset(rows: Path, count: int) -> tuple[Any, float]:
-    """The first `count` rows as TRL takes them, and their mean length."""
+WINDOWS = 3
+
+
+def by_length(lengths: list[int], batch: int, steps: int) -> list[int]:
+    """Row numbers of `steps` batches: those that warm up first, then three windows, each with rows of all lengths."""
+    timed = WINDOWS * ((steps - 3) // WINDOWS)
+    out = []
+    for first, count in ((0, steps - timed), (steps - timed, timed)):
+        rows = sorted(range(first * batch, (first + count) * batch), key=lengths.__getitem__)
+        batches = [rows[i * batch : (i + 1) * batch] for i in range(count)]
+        parts = 1 if first == 0 else WINDOWS
+        out += [row for window in range(parts) for part in batches[window::parts] for row in part]
+    return out
+
+
+def dataset(o: argparse.Namespace) -> tuple[Any, float]:
+    """The first rows as TRL takes them, and their mean length."""
     import pyarrow as pa
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    ids, labels, _, answers = workload.read(rows)
-    whole = [np.append(ids[i % len(ids)], answers[0 if labels[i % len(ids)] else 1]).tolist() for i in range(count)]
+    ids, labels, _, answers = workload.read(o.rows)
+    count = o.batch * o.steps
+    assert count <= len(ids), "the file has too few rows"
+    whole = [np.append(ids[i], answers[0 if labels[i] else 1]).tolist() for i in range(count)]
+    if o.by_length:
+        whole = [whole[i] for i in by_length([len(row) for row in whole], o.batch, o.steps)]
     table = {
         "input_ids": whole,
         "labels": [[-100] * (len(row) - 1) + row[-1:] for row in whole],
@@ -63,7 +83,7 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    rows, mean = dataset(o.rows, o.batch * o.steps)
+    rows, mean = dataset(o)
     marks: list[float] = []
     on_gpu = torch.cuda.is_available()
 
@@ -94,13 +114,14 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
     trainer.train()
     wait()
     marks.append(time.perf_counter())
-    warm = o.steps - 3 * ((o.steps - 3) // 3)
-    width = (o.steps - warm) // 3
-    windows = [(marks[warm + (i + 1) * width] - marks[warm + i * width]) / width for i in range(3)]
+    width = (o.steps - 3) // WINDOWS
+    warm = o.steps - WINDOWS * width
+    windows = [(marks[warm + (i + 1) * width] - marks[warm + i * width]) / width for i in range(WINDOWS)]
     speed = o.batch / statistics.median(windows)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {
-        "engine": name, "batch": o.batch, "examples/s": round(speed, 1), "tokens/s": round(speed * mean),
+        "engine": name + " by length" * o.by_length, "batch": o.batch, "examples/s": round(speed, 1),
+        "prompt tokens/s": round(speed * mean),
         "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else None,
         "ready s": round(marks[1] - started, 1),
         "mean length": round(mean, 1), "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -115,6 +136,7 @@ def trl(o: argparse.Namespace) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    capped(o.cap)
     started, device = time.perf_counter(), 0 if torch.cuda.is_available() else "cpu"
     four = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -145,6 +167,7 @@ def unsloth(o: argparse.Namespace) -> None:
     import torch
     from unsloth import FastLanguageModel
 
+    capped(o.cap)
     model, tok = FastLanguageModel.from_pretrained(
         o.model, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=o.bits == 4, local_files_only=True
     )
@@ -169,6 +192,8 @@ def main() -> None:
         verb.add_argument("--steps", type=int, default=12)
         verb.add_argument("--optim", default="adamw_torch_fused")
         verb.add_argument("--recompute", action="store_true")
+        verb.add_argument("--by-length", action="store_true")
+        verb.add_argument("--cap", type=float, help="GiB of GPU memory that may be used")
         verb.add_argument("--liger", action="store_true")
         verb.add_argument("--adapter")
         verb.add_argument("--losses", type=Path)
@@ -179,6 +204,14 @@ def main() -> None:
         trl(o)
     else:
         unsloth(o)
+
+
+def capped(gib: float | None) -> None:
+    """Lets this process use so much of the GPU's memory only."""
+    import torch
+
+    if gib:
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veritune import config
 from veritune.model import adapter, graphs, load, precision
-from veritune.model.compiled import compile_layers
+from veritune.model.compiled import compile_layers, gradients
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import build, split
 from veritune.training import optimizer
@@ -168,7 +168,8 @@ def main() -> None:
     micros = [batch(i) for i in range(count)]
     if not o.eager and device.type == "cuda":
         trie, y = micros[0][0]
-        problem = compile_layers(model, lambda: label_loss(label_logits(model, trie, device), y.to(device), answers))
+        loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
+        problem = compile_layers(model, lambda: gradients(model, loss), precision=o.base)
         print("compiled:", problem or "ok", flush=True)
     recorded = None
     if o.graphs:
@@ -184,7 +185,7 @@ def main() -> None:
     wait(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds, tokens = [], []
+    seconds, tokens, whole = [], [], []  # of a step, by window; tokens of the trie, and of all its rows in full
     for window in range(o.windows):
         start = time.perf_counter()
         part = micros[3 + window * o.steps : 3 + (window + 1) * o.steps]
@@ -193,8 +194,10 @@ def main() -> None:
         wait(device)
         seconds.append((time.perf_counter() - start) / o.steps)
         tokens.append(sum(t.tokens for m in part for t, _ in m) / o.steps)
+        whole.append(sum(int((t.positions[t.ends] + 1).sum()) for m in part for t, _ in m) / o.steps)
     speeds = sorted(o.examples / s for s in seconds)
     rates = sorted(t / s for t, s in zip(tokens, seconds, strict=True))
+    prompts = sorted(t / s for t, s in zip(whole, seconds, strict=True))
     rate = matrix_rate(device)
     plain = sum(len(rows[i]) for i in picks) / len(picks)
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None
@@ -202,6 +205,7 @@ def main() -> None:
         "engine": f"veritune {o.base}" + " unpacked" * o.unpacked + " recomputed" * o.checkpointing
         + " graphs" * o.graphs, "model": o.model or o.shape, "together": o.together,
         "examples/s": round(speeds[len(speeds) // 2], 1), "tokens/s": round(rates[len(rates) // 2]),
+        "prompt tokens/s": round(prompts[len(prompts) // 2]),
         "share of matrix rate": round(rates[len(rates) // 2] * 4 * frozen / rate, 3),
         "TFLOP/s of matrix rate": round(rate / 1e12, 2), "mean length": round(plain, 1),
         "tokens a row": round(float(np.mean(tokens)) / o.examples, 1),

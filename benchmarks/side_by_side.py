@@ -1,0 +1,155 @@
+"""veritune and its peers on the same rows, one after the other on one device: a table, JSON and a plot.
+
+    python benchmarks/side_by_side.py ROWS.npz --model DIR --groups bf16 nf4 --out DIR [--timeout 120]
+
+ROWS comes from workload.py, DIR from `peers.py make`; for the group `small`, real weights: a folder of SmolLM2-135M or
+Qwen2.5-Coder-0.5B and rows of its tokenizer. Every engine runs in its own process; one that fails or takes too long is
+a line that says so. Ratios are of prompt tokens a second, every row counted in full, to the fastest peer of the group.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+OURS = ["train_speed.py", "{rows}"]
+TRL = ["peers.py", "trl", "{rows}", "{model}", "--by-length"]
+UNSLOTH = ["peers.py", "unsloth", "{rows}", "{model}", "--by-length"]
+SCORE = ["score_speed.py"]
+
+
+def peers(bits: int, *more: str, batches: tuple[int, ...]) -> list[list[str]]:
+    """TRL and Unsloth with each number of rows at once."""
+    return [
+        [*engine, "--bits", str(bits), "--batch", str(batch), "--steps", "9", *more]
+        for engine in (TRL, UNSLOTH)
+        for batch in batches
+    ]
+
+
+GROUPS: dict[str, list[list[str]]] = {
+    "bf16": [
+        [*OURS, "--steps", "2"],
+        [*OURS, "--steps", "2", "--together", "4"],
+        [*OURS, "--steps", "2", "--together", "1"],
+        *peers(16, batches=(8, 16)),
+        *peers(16, "--recompute", batches=(32,)),
+    ],
+    "nf4": [
+        [*OURS, "--steps", "2", "--base", "nf4", "--unpacked"],
+        [*OURS, "--steps", "2", "--base", "nf4"],
+        *peers(4, "--recompute", batches=(16, 32, 64)),
+    ],
+    "fp8": [[*OURS, "--steps", "2", "--base", "fp8"], *peers(16, batches=(16,))],
+    "nf4-40": [
+        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "40", "--micro-batch-tokens", "6144"],
+        *peers(4, "--recompute", "--cap", "40", batches=(16, 32)),
+    ],
+    "nf4-15": [
+        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "15", "--micro-batch-tokens", "4096", "--checkpointing"],
+        *peers(4, "--recompute", "--cap", "15", batches=(4, 8)),
+    ],
+    "small": [
+        [*OURS, "--model", "{model}", "--examples", "64", "--steps", "8", "--graphs"],
+        *[[*TRL, "--batch", str(batch), "--steps", "18"] for batch in (16, 32, 64)],
+    ],
+    "score": [
+        [*SCORE, "veritune", "{rows}"],
+        [*SCORE, "vllm", "{rows}", "--model", "{model}"],
+        [*SCORE, "transformers", "{rows}", "--model", "{model}"],
+    ],
+    "score-fp8": [
+        [*SCORE, "veritune", "{rows}", "--base", "fp8"],
+        [*SCORE, "vllm", "{rows}", "--model", "{model}", "--base", "fp8"],
+    ],
+}
+
+
+def run(command: list[str], o: argparse.Namespace, group: str, number: int) -> dict:
+    """One engine's result, or why there is none."""
+    filled = [part.format(rows=o.rows, model=o.model) for part in command]
+    log = o.out / f"{group}-{number}.log"
+    env = dict(os.environ)
+    if "vllm" in filled and o.vllm_path:
+        env["PYTHONPATH"] = f"{o.vllm_path}:{HERE}"
+    with log.open("w") as out:
+        try:
+            script = [sys.executable, str(HERE / filled[0]), *filled[1:]]
+            subprocess.run(script, check=True, stdout=out, stderr=out, timeout=o.timeout, env=env)
+        except subprocess.TimeoutExpired:
+            return {"engine": " ".join(filled), "failed": f"not done after {o.timeout} s"}
+        except subprocess.CalledProcessError as error:
+            tail = log.read_text(errors="replace").strip().splitlines()[-1:]
+            return {"engine": " ".join(filled), "failed": f"exit {error.returncode}: {' '.join(tail)[:200]}"}
+    found = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
+    return json.loads(found[-1].removeprefix("RESULT "))
+
+
+def table(group: str, results: list[dict]) -> str:
+    """Markdown, with each engine's ratio to the fastest peer."""
+    worked = [r for r in results if "failed" not in r]
+    theirs = [r["prompt tokens/s"] for r in worked if not r["engine"].startswith("veritune")]
+    columns = ("engine", "batch", "examples/s", "prompt tokens/s", "to the best peer", "peak GiB", "ready s")
+    lines = [f"\n{group}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for r in worked:
+        ratio = f"{r['prompt tokens/s'] / max(theirs):.2f}" if theirs else ""
+        together = f", {r['together']} a question" if "together" in r else ""
+        cells = (f"{r['engine']}{together}", r.get("batch", ""), r["examples/s"], f"{r['prompt tokens/s']:,}", ratio)
+        lines.append(f"| {' | '.join(map(str, (*cells, r.get('peak GiB') or '', r.get('ready s', ''))))} |")
+    lines += [f"\nfailed: {r['engine']}: {r['failed']}" for r in results if "failed" in r]
+    return "\n".join(lines)
+
+
+def plot(groups: dict[str, list[dict]], file: Path) -> None:
+    """Bars of prompt tokens a second, a panel a group; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(groups), 1, figsize=(8, 2.2 * len(groups) + 0.5), squeeze=False)
+    for panel, (group, results) in zip(panels[:, 0], groups.items(), strict=True):
+        worked = sorted((r for r in results if "failed" not in r), key=lambda r: r["prompt tokens/s"])
+        names = [f"{r['engine']} {r.get('batch', r.get('together', ''))}" for r in worked]
+        ours = [r["engine"].startswith("veritune") for r in worked]
+        speeds = [r["prompt tokens/s"] for r in worked]
+        panel.barh(names, speeds, color=["tab:blue" if own else "tab:gray" for own in ours])
+        panel.set_title(group)
+        panel.set_xlabel("prompt tokens/s")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--timeout", type=int, default=300, help="seconds an engine may take")
+    parser.add_argument("--only", default="", help="commands with this word in them")
+    parser.add_argument("--vllm-path", help="the folder vLLM is installed in, if it is one of its own")
+    o = parser.parse_args()
+    o.out.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, list[dict]] = {}
+    for group in o.groups:
+        groups[group] = []
+        for number, command in enumerate(GROUPS[group]):
+            if o.only in " ".join(command):
+                groups[group].append(run(command, o, group, number))
+                print(json.dumps(groups[group][-1]), flush=True)
+                (o.out / "side_by_side.json").write_text(json.dumps(groups, indent=1))
+    for group, results in groups.items():
+        print(table(group, results), flush=True)
+    plot(groups, o.out / "side_by_side.png")
+
+
+if __name__ == "__main__":
+    main()
