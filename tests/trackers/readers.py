@@ -75,3 +75,16 @@ def from_trackio(home: Path, project: str) -> Logged:
     runs, (logs,) = json.loads(done.stdout.splitlines()[-1])
     assert len(runs) == 1
     return [(line["step"], {key: line[key] for key in line if key not in ("step", "timestamp")}) for line in logs]
+
+
+def pictures(to: str, folder: Path, home: Path) -> dict[str, tuple[int, int]]:
+    """Name and size of the images that a tracker holds. `home`: where trackio keeps its files."""
+    from PIL import Image
+
+    if to == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        found = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+        return {tag: (it.width, it.height) for tag in found.Tags()["images"] for it in found.Images(tag)}
+    files = (folder if to == "wandb" else home).rglob("*.png")
+    return {str(file): Image.open(file).size for file in files}

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from readers import Logged, from_tensorboard, from_trackio, from_wandb, wandb_runs
+from readers import Logged, from_tensorboard, from_trackio, from_wandb, pictures, wandb_runs
 
 from veritune import config
 from veritune.errors import ConfigError
 from veritune.track import Tracker
 from veritune.trackers import follow
+from veritune.trackers.picture import CELL, HEIGHT, LABEL
 from veritune.trackers.worker import numbers
 
 TABLE = {"true_positive": 5, "false_positive": 6, "true_negative": 7, "false_negative": 8}
@@ -94,6 +95,10 @@ def test_every_line_is_shown_once_over_sessions(to: str, tmp_path: Path, monkeyp
     logged = read(to, folder, tmp_path)
     assert figures(logged) == expected(23)
     last = {name: value for step, values in logged if step == 23 for name, value in values.items()}
+    # The confusion table (2 x 2) at each session's end, the forgetting matrix (2 x 2) at the last one's.
+    sizes = list(pictures(to, folder / follow.FOLDER / to, tmp_path / "home").values())
+    assert sizes == [(LABEL + 2 * CELL, 3 * HEIGHT)] * len(sizes)
+    assert len(sizes) >= (2 if to == "tensorboard" else 4)
     if to == "wandb":
         assert last["confusion/nrows"] == 2
         tables = [json.loads(file.read_bytes()) for file in folder.rglob("forgetting/trained_23*.table.json")]

@@ -1,9 +1,11 @@
-"""Weights & Biases, Trackio and TensorBoard, each behind the same five calls. Used only inside the worker process.
+"""Weights & Biases, Trackio and TensorBoard, each behind the same six calls. Used only inside the worker process.
 
 A service is made with a `Spec`; then come `log` for the numbers of a step, `table` for a small table of texts and
-numbers, `flush`, and `close` at the end. Any of them may raise anything or hang: the worker is there for that.
+numbers, `picture` for an image, `flush`, and `close` at the end. Any of them may raise anything or hang: the worker is
+there for that.
 """
 
+import io
 import netrc
 import os
 import time
@@ -35,6 +37,8 @@ class Service(Protocol):
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Row]) -> None: ...
+
+    def picture(self, step: int, name: str, png: bytes) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -82,6 +86,9 @@ class Wandb:
         table = self._wandb.Table(columns=list(columns), data=[list(map(_cell, row)) for row in rows])
         self._run.log({name: table}, step=step)
 
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        self._run.log({name: self._wandb.Image(_image(png))}, step=step)
+
     def flush(self) -> None: ...
 
     def close(self, *, failed: bool) -> None:
@@ -109,7 +116,7 @@ class Trackio:
         import trackio
 
         self.note: str | None = None
-        self._markdown = trackio.Markdown
+        self._markdown, self._image = trackio.Markdown, trackio.Image
         self._run = trackio.init(
             project=spec.project,
             name=f"{spec.name}-{spec.identity}",
@@ -126,6 +133,9 @@ class Trackio:
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
         self._run.log({name: self._markdown(markdown(columns, rows))}, step=step)
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        self._run.log({name: self._image(_image(png))}, step=step)
 
     def flush(self) -> None: ...
 
@@ -156,11 +166,23 @@ class TensorBoard:
         summary = self._text(name, markdown(columns, rows))
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        width, height = _image(png).size
+        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        summary = self._summary(value=[self._summary.Value(tag=name, image=image)])
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
     def flush(self) -> None:
         self._writer.flush()
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()
+
+
+def _image(png: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png))
 
 
 def _cell(value: Any) -> Any:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..redact import redact
+from .picture import heat_map
 from .services import SERVICES, Service, Spec
 
 POLL = 0.5  # seconds between two looks at metrics.jsonl
@@ -151,11 +152,15 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _tables(service: Service, run: Path, step: int, last: dict[str, Any]) -> None:
-    """The last validation's confusion table and the forgetting matrix, if there is one."""
+    """The last validation's confusion table and the forgetting matrix, if there is one, as tables and as images."""
+
+    def show(name: str, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
+        service.table(step, name, columns, rows)
+        service.picture(step, f"{name}/picture", heat_map(columns, rows))
+
     found = (last.get("validation") or {}).get("confusion")
     if found:
-        service.table(
-            step,
+        show(
             "confusion",
             ("solution is", "called correct", "called incorrect"),
             [
@@ -168,7 +173,7 @@ def _tables(service: Service, run: Path, step: int, last: dict[str, Any]) -> Non
         names = [item["name"] for item in kept["slices"]]
         for probe, matrix in kept["accuracy"].items():
             rows = [(phase["name"], *row) for phase, row in zip(kept["phases"], matrix, strict=True)]
-            service.table(step, f"forgetting/{probe}", ("accuracy after phase", *names), rows)
+            show(f"forgetting/{probe}", ("accuracy after phase", *names), rows)
 
 
 def _quiet() -> Callable[[str], None]:
