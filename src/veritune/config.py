@@ -133,6 +133,9 @@ class Train:
     cuda_graphs: bool = True
     """On a GPU with compile, record a small model's passes as CUDA graphs, if they give the same gradients, and repeat
     them: several times faster where Python could not start kernels as fast as they end."""
+    deterministic: bool = False
+    """On a GPU, compute the same bits every time, so that a resumed run ends as one that was never stopped: slower, and
+    without CUDA graphs. On a CPU every run does."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of rows, the adapter's first weights and dropout."""
     start_from: str | None = None

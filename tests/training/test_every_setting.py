@@ -93,6 +93,7 @@ ELSEWHERE = {
     "train.compile": "tests/model/test_compiled.py",  # a GPU's
     "train.cuda_graphs": "tests/model/test_gpu.py",
     "train.non_finite": "tests/training/test_step.py",
+    "train.deterministic": "tests/training/test_gpu_resume.py",
     "session.hours": "tests/test_cli.py",
     "train.memory_gib": "tests/training/test_fit.py",
     **dict.fromkeys(("track.project", "track.name", "track.group"), "tests/trackers/test_trackers.py"),

@@ -25,7 +25,7 @@ KINDS = ("range", "log", "choice")
 # not use; and what has no part in the result.
 FIXED = ("out", "phases", "data.", "model.", "strategy.", "validation.", "checkpoint.", "session.", "track.",
          "train.start_from", "train.compile", "train.cuda_graphs", "train.micro_batch_tokens",
-         "train.gradient_checkpointing", "train.memory_gib", "train.non_finite")  # fmt: skip
+         "train.gradient_checkpointing", "train.memory_gib", "train.non_finite", "train.deterministic")  # fmt: skip
 # The search of the competition entry that veritune grew out of.
 DEFAULT: dict[str, dict[str, list[Value]]] = {
     "train.lr": {"log": [1e-6, 5e-1]},

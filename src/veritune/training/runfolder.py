@@ -16,7 +16,7 @@ ADAPTERS = ("adapter", "best")
 # what dropout draws, which then come with the resolved values, and for `validation` where it chooses what a phase
 # starts from.
 FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
-        "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs",
+        "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs", "train.deterministic",
         "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """One optimiser step: the loss and its gradient over micro-batches, and what becomes of it."""
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 
 MOST_SKIPPED = 10
 """Steps in a row that are not finite, after which skipping them is no help."""
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Has torch, its compiler and cuBLAS compute the same bits every time inside the block, if that is asked for. What
+    can be computed in no such way raises."""
+    was = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
 
 
 def fitting(

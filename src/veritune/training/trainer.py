@@ -34,7 +34,7 @@ from .fetch import fetch
 from .measure import probe, validate, write_forgetting
 from .progress import At, Point, begin, copies, restore, save_checkpoint
 from .session import Session, Stop, session
-from .step import fitting, micro_loss, update
+from .step import deterministic, fitting, micro_loss, update
 
 
 @dataclass
@@ -114,6 +114,7 @@ def train(
     folder = Path(run.out)
     with session(run.session.hours) as stop, distributed.join(run.model.device) as world, ExitStack() as kept:
         stop.alone = world.size == 1
+        kept.enter_context(deterministic(run.train.deterministic))
         try:
             if world.first:
                 kept.enter_context(alone_in(folder))
