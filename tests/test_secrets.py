@@ -114,6 +114,8 @@ def _installed(name: str) -> bool:
         ("https://host/?a=1&api_key=abc&b=2", f"https://host/?a=1&api_key={HIDDEN}&b=2"),
         ("token hf_abcdefghijklmnopqrst.", f"token {HIDDEN}."),
         ("planted-in-the-environment", HIDDEN),
+        ("models/hf_llama_3_8b_instruct", "models/hf_llama_3_8b_instruct"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
         ("hf://datasets/a/b@main and you@host.org", "hf://datasets/a/b@main and you@host.org"),
         ("postgresql://me@db/x", "postgresql://me@db/x"),
     ],
@@ -121,4 +123,5 @@ def _installed(name: str) -> bool:
 def test_redacted(text: str, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "planted-in-the-environment")
     monkeypatch.setenv("SHORT_KEY", "abc")
+    monkeypatch.setenv("TOKENIZER_PATH", "HuggingFaceTB/SmolLM2-135M")
     assert redact(text) == left

@@ -374,7 +374,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingError(f"{path}: no such run file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 

@@ -50,7 +50,7 @@ class BusyError(VerituneError, BlockingIOError):
 
 
 class PeerError(VerituneError, ConnectionError):
-    """Another process of a run on several GPUs is gone."""
+    """Another process of a run on several GPUs, or the storage of a sweep, is gone."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""

@@ -7,7 +7,7 @@ user part of a URL or its token-like parameters, and what has the form of a hub'
 import os
 import re
 
-NAMES = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+NAMES = re.compile(r"TOKEN(?!IZ)|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 SHORTEST = 8  # a shorter value is a switch or a word, and would be found everywhere
 HIDDEN = "***"
 # scheme://user:password@ (the password is the secret), scheme://token@ (where it is long), ?token=...
@@ -17,7 +17,7 @@ PARAMETER = re.compile(
     r"(?P<keep>[?&;](?:[a-z0-9_-]*(?:token|key|secret|password|passwd|signature))=)(?P<secret>[^\s&;#'\"]+)",
     re.IGNORECASE,
 )
-SHAPES = re.compile(r"(?P<keep>)(?P<secret>\b(?:hf_|api_org_|wandb_v1_)[A-Za-z0-9_]{16,})")
+SHAPES = re.compile(r"(?P<keep>)(?P<secret>\b(?:hf_[A-Za-z0-9]{16,}\b|(?:api_org_|wandb_v1_)[A-Za-z0-9_]{16,}))")
 PATTERNS = (PASSWORD, USER, PARAMETER, SHAPES)
 
 

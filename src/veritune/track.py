@@ -41,13 +41,14 @@ def _drop_after(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     # A line that a kill left half written is none.
     kept = [line for line in lines if (match := LINE.fullmatch(line)) and int(match[1]) <= step]
-    size = sum(map(len, kept))
+    size, was = sum(map(len, kept)), path.stat()
     if kept == lines[: len(kept)]:
         os.truncate(path, size)
-        return
-    partial = path.with_suffix(".tmp")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
+    else:
+        partial = path.with_suffix(".tmp")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(path)
+    os.utime(path, (was.st_atime, was.st_mtime))  # when a session that was killed gave its last sign of life
 
 
 def last_validation(path: Path) -> dict[str, Any] | None:

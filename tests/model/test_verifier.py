@@ -13,6 +13,7 @@ import pytest
 import torch
 from made_adapters import loaded, trained, values
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_models import byte_level, tiny, worked_text
 from transformers import AutoModelForCausalLM
 
@@ -214,3 +215,28 @@ def test_a_merged_adapter_gives_the_same_scores(
     assert merged.identity != loaded(folder, precision=precision).identity
     with pytest.raises(ConfigError, match="merge=False"):
         merged.without_adapter()
+
+
+@pytest.mark.parametrize(("scale", "merged"), [(1.0, True), (1e-4, False)])
+def test_an_adapter_that_rounding_would_take_is_not_merged(
+    folder: Path, tmp_path: Path, scale: float, merged: bool
+) -> None:
+    file = shutil.copytree(folder, tmp_path / "scaled") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: value * (scale if "lora_B" in name else 1) for name, value in tensors.items()}, file)
+    base = load.load_base(config.Model(path=adapter.read_about(file.parent).base, base="bf16", device="cpu"))
+    found = adapter.load_adapter(base, file.parent, merge=None)
+    assert isinstance(found, PeftModel) is not merged
+    if not merged:
+        with pytest.raises(ModelError, match="cannot be merged: rounding"):
+            adapter.load_adapter(base, file.parent, merge=True)
+
+
+def test_an_adapter_on_a_tied_readout_is_not_merged(tmp_path: Path) -> None:
+    tokenizer = byte_level(worked_text())
+    model = tiny("llama", tie_word_embeddings=True, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tied")
+    path = trained(tmp_path / "tied", tmp_path / "adapter", targets=("q_proj", "lm_head"))
+    with pytest.raises(ModelError, match="shares its weights with the embedding"):
+        loaded(path, merge=True)

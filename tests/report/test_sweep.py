@@ -97,9 +97,11 @@ def test_trials_of_every_kind_make_a_page(tmp_path: Path) -> None:
         if len(found) > 4:
             assert "ModelError: &lt;why&gt;" in text
     odd = {"lora.targets": {"choice": [["q_proj"], ["q_proj", "<b>"]]}, "lora.rank": {"range": [4, 4]}}
-    params = [{"lora.targets": ["q_proj"], "lora.rank": 4}, {"lora.targets": ["q_proj", "<b>"], "lora.rank": 4}]
+    # As a board names the choices that are lists.
+    params = [{"lora.targets": json.dumps(value), "lora.rank": 4} for value in odd["lora.targets"]["choice"]]
     found = [trial(i, rng, params=params[i % 2], state="complete") for i in range(10)]
     assert_self_contained(written(write(tmp_path / "odd", found, odd), tmp_path / "r.html"))
+    assert [kind.trials for kind in trials.by_choice(trials.read(tmp_path / "odd"), "lora.targets")] == [5, 5]
 
 
 def test_the_edge_is_where_trials_begin_to_diverge(made: Path) -> None:

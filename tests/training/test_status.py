@@ -15,6 +15,7 @@ from veritune import config
 from veritune.data.generate import generate
 from veritune.errors import NonFiniteError
 from veritune.quality import metrics as figures
+from veritune.track import Tracker
 from veritune.training import plan, status
 
 CPU = torch.device("cpu")
@@ -76,6 +77,7 @@ def test_a_killed_session_ended_with_its_last_line(tmp_path: Path, small: plan.P
         pass  # as a kill leaves it: nobody called `finished`
     (tmp_path / "metrics.jsonl").write_text("")
     os.utime(tmp_path / "metrics.jsonl", (1e9, 1e9))
+    Tracker(tmp_path / "metrics.jsonl", from_step=3).close()  # as a run that goes on does first
     with status.running(tmp_path, small, CPU, step=3, parameters=1):
         first, second = status.read(tmp_path)["sessions"]
     assert (first["state"], first["ended"]) == ("killed", "2001-09-09T01:46:40+00:00")

@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 
+from ..durable import sync_folder
 from ..errors import ConfigError, DataError, MissingError, VerituneError
 from .sources import MANIFEST, Source, file_hash
 
@@ -42,10 +43,11 @@ def replacing(out: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for path in [*temporary.iterdir(), temporary]:
+        for path in temporary.iterdir():
             _sync(path)
+        sync_folder(temporary)
         _swap(temporary, out, old)
-        _sync(out.parent)
+        sync_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except VerituneError:
         raise
@@ -108,8 +110,6 @@ def _swap(new: Path, out: Path, old: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -32,6 +32,7 @@ from ..errors import ConfigError, MissingError, ModelError
 from ..tokens.prompt import Frame
 from . import lora, precision
 from .load import Base
+from .merge import unmergeable
 
 ABOUT = "veritune.json"
 
@@ -104,12 +105,13 @@ def _speed_up(model: Any, base: Base) -> None:
 
 
 def load_adapter(
-    base: Base, path: str | Path, *, trainable: bool = False, dropout: float | None = None, merge: bool = False
+    base: Base, path: str | Path, *, trainable: bool = False, dropout: float | None = None, merge: bool | None = False
 ) -> Any:
     """A LoRA adapter in PEFT's format on a base, whole or not at all. `dropout`: in place of the adapter's own.
 
     With `merge` it is added to the base's weights, which rounds each sum once to their precision and saves the products
-    with the adapter; the base is then no longer what it was. Raises MissingError or ModelError.
+    with the adapter: a plain transformers model, and the base is no longer what it was. None: if `merge.unmergeable`
+    finds nothing against it. Raises MissingError or ModelError.
     """
     folder = Path(path).expanduser()
     file = folder / "adapter_model.safetensors"
@@ -142,7 +144,10 @@ def load_adapter(
     broken = [name for name, value in wanted.items() if not bool(value.isfinite().all())]
     if broken:
         raise ModelError(f"{path}: {len(broken)} of the adapter's tensors are not finite, {broken[0]} for one")
-    if merge:
+    against = unmergeable(model) if merge is not False else None
+    if merge and against:
+        raise ModelError(f"{path}: this adapter cannot be merged: {against}")
+    if merge is not False and against is None:
         model = model.merge_and_unload()
         if base.precision == "fp8":
             precision.to_fp8(model, train=False)

@@ -5,7 +5,8 @@ A graph repeats the kernels of one forward and backward pass on the same memory.
 never drop it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,8 @@ def launch_bound(model: Any, tokens: int) -> bool:
     if torch.are_deterministic_algorithms_enabled():  # a size found by history is not
         return False
     layer = layers(model)
-    weights = sum(p.numel() for each in layer for p in each.parameters())
+    linear = [module for each in layer for module in each.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(module.in_features * module.out_features for module in linear)
     return 4 * weights * tokens / 4e14 < 6e-3 * len(layer)
 
 
@@ -49,7 +51,19 @@ def own_stream(device: torch.device) -> None:
     """Moves this thread's work off the GPU's default stream, which nothing that is recorded may touch: a parameter's
     gradient is added up on the stream of its first use, so this comes before any."""
     if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
-        torch.cuda.set_stream(torch.cuda.Stream(device))
+        own = torch.cuda.Stream(device)
+        own.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_stream(own)
+
+
+@contextmanager
+def default_stream(device: torch.device) -> Iterator[None]:
+    """The GPU's default stream inside the block, for libraries that use no other: bitsandbytes' optimisers."""
+    own, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(own)
+    with torch.cuda.stream(default):
+        yield
+    own.wait_stream(default)
 
 
 class Graphs:
@@ -59,6 +73,7 @@ class Graphs:
         self._model, self._device, self._answers = model, device, answer_ids
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._recorded: dict[Size, _Recorded] = {}
+        self._most = MOST
         self._pool: Any = None
 
     def backward(self, trie: Trie, labels: np.ndarray, scale: float) -> Tensor | None:
@@ -67,7 +82,7 @@ class Graphs:
         mine = Size.of(trie)
         size = min((size for size in self._recorded if size.holds(mine)), default=None)
         if size is None:
-            if len(self._recorded) == MOST:
+            if len(self._recorded) >= self._most:
                 return None
             size = mine.roomy()
             if not size.holds(mine):
@@ -79,7 +94,15 @@ class Graphs:
         numbers = np.concatenate((*parts, padded.segments, padded.paths)).astype(np.int64)
         weights = np.concatenate((np.full(len(labels), scale), more)).astype(np.float32)
         if size not in self._recorded:
-            self._recorded[size] = self._record(size, numbers, weights)
+            try:
+                self._recorded[size] = self._record(size, numbers, weights)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                if not self._recorded:
+                    raise
+                self._most = len(self._recorded)  # what is recorded works; this trie is computed the plain way
+                return None
         run = self._recorded[size]
         run.numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
         run.weights.copy_(torch.from_numpy(weights).pin_memory(), non_blocking=True)
@@ -91,14 +114,16 @@ class Graphs:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         before = [p.grad.clone() for p in self._parameters if p.grad is not None]
         inputs = torch.from_numpy(numbers).to(self._device), torch.from_numpy(weights).to(self._device)
-        self._loss(size, *inputs).backward()  # lazy set-up of libraries must not fall into the recording
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            loss = self._loss(size, *inputs)
-            loss.backward()
+        try:
+            self._loss(size, *inputs).backward()  # lazy set-up of libraries must not fall into the recording
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                loss = self._loss(size, *inputs)
+                loss.backward()
+        finally:
+            for p, grad in zip(self._parameters, before, strict=True):
+                p.grad.copy_(grad)  # pyright: ignore[reportOptionalMemberAccess]
         self._pool = graph.pool()
-        for p, grad in zip(self._parameters, before, strict=True):
-            p.grad.copy_(grad)  # pyright: ignore[reportOptionalMemberAccess]
         return _Recorded(graph, *inputs, loss.detach())
 
     def _loss(self, size: Size, numbers: Tensor, weights: Tensor) -> Tensor:
@@ -127,6 +152,8 @@ def record(
         found = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
     except RuntimeError as error:
         torch.cuda.synchronize(device)
+        for p in trained:
+            p.grad = None
         return None, f"recording failed: {str(error).splitlines()[0]}"
     for p in trained:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()

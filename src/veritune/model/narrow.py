@@ -5,6 +5,7 @@ Put in place by changing an instance's class: names and parameters stay the fami
 its numbers with those of stock layers.
 """
 
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ class NarrowLayer:
         return ends + self.mlp(self.post_attention_layernorm(ends))
 
 
-_classes: dict[type, type] = {}
+@cache
+def _narrowed(kind: type) -> type:
+    return type(f"Narrow{kind.__name__}", (NarrowLayer, kind), {})
 
 
 def narrow(model: Any) -> None:
@@ -38,7 +41,7 @@ def narrow(model: Any) -> None:
     last = _last(model)
     kind = type(last)
     if kind.__name__ in (f"{family.capitalize()}DecoderLayer" for family in NARROW):
-        last.__class__ = _classes.setdefault(kind, type(f"Narrow{kind.__name__}", (NarrowLayer, kind), {}))
+        last.__class__ = _narrowed(kind)
 
 
 def is_narrow(model: Any) -> bool:

@@ -96,6 +96,21 @@ def plus_back(kind: Kind, grad: Tensor, frozen: tuple[Tensor, ...], low: Tensor,
     return product_plus_fp8(*quantise_rows(grad), frozen[2], frozen[3], None, low, up)
 
 
+class _Fp8(torch.autograd.Function):
+    """x W^T + bias with a frozen FP8 weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *frozen: Tensor) -> Tensor:
+        ctx.save_for_backward(*frozen[2:])
+        return product_fp8(*quantise_rows(x), frozen[0], frozen[1], bias, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by_column, scale = ctx.saved_tensors
+        grad = product_fp8(*quantise_rows(grads[0]), by_column, scale, None, grads[0].dtype)
+        return grad, None, None, None, None, None
+
+
 class Fp8Linear(nn.Linear):
     """A frozen linear layer that holds its weight in FP8: by row, and to train by column too, for the gradient."""
 
@@ -105,9 +120,12 @@ class Fp8Linear(nn.Linear):
     column_scale: Tensor  # [1, k]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Without gradients; under an adapter, `plus` takes this layer's place."""
+        """Under an adapter without dropout, `plus` takes this layer's place."""
         flat = input.reshape(-1, input.shape[-1])
-        y = product_fp8(*quantise_rows(flat), self.by_row, self.row_scale, self.bias, input.dtype)
+        if torch.is_grad_enabled():
+            y = _Fp8.apply(flat, self.bias, self.by_row, self.row_scale, self.by_column, self.column_scale)
+        else:
+            y = product_fp8(*quantise_rows(flat), self.by_row, self.row_scale, self.bias, input.dtype)
         return y.view(*input.shape[:-1], y.shape[-1])
 
 

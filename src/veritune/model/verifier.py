@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from .. import config
@@ -19,7 +20,7 @@ from ..tokens.encode import Encoder, encoder
 from ..tokens.prompt import check_answers
 from ..tokens.trie import Trie, build, split
 from . import adapter, load
-from .compiled import compile_layers
+from .compiled import compile_layers, uncompiled
 from .verdict import label_logits, p_correct, rowwise_logits
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -61,8 +62,8 @@ class Verifier:
 
         base: the base model's place if it has moved. precision: of the base, as in `config.Model`; auto takes the one
         it was trained with, or fp32 for bf16 where there are no bf16 products. merge: whether the adapter is added to
-        the weights, which is faster; by default on a GPU, where that rounds no more than bf16 products do anyway. Then
-        there is no `without_adapter`. Raises MissingError, ModelError, ConfigError or RoomError.
+        the weights, which is faster; by default on a GPU in bf16 or FP8 where rounding does not take it (see `merge`).
+        Then there is no `without_adapter`. Raises MissingError, ModelError, ConfigError or RoomError.
         """
         about = adapter.read_about(path)
         found = load.pick_device(device)
@@ -79,11 +80,13 @@ class Verifier:
             warn(f"{settings.path}: rows are scored one by one, slowly, because {reason}")
         if merge is None:
             # An adapter trained on FP8 weights has learnt to live with just their rounding.
-            merge = found.type == "cuda" and (precision == "bf16" or (precision == "fp8" and about.precision != "fp8"))
+            fast = found.type == "cuda" and (precision == "bf16" or (precision == "fp8" and about.precision != "fp8"))
+            merge = None if fast else False
         model = adapter.load_adapter(loaded, path, merge=merge)
+        merged = not isinstance(model, PeftModel)
         model.eval()
         digest = hashlib.sha256((Path(path).expanduser() / "adapter_model.safetensors").read_bytes())
-        values = [about.frame.to_json(), settings.path, precision, *(["merged"] if merge else [])]
+        values = [about.frame.to_json(), settings.path, precision, *(["merged"] if merged else [])]
         digest.update(json.dumps(values, sort_keys=True).encode())
         return Verifier(
             model=model,
@@ -92,7 +95,7 @@ class Verifier:
             identity=digest.hexdigest()[:16],
             shared=reason is None,
             budget=MICRO_BATCH_TOKENS[loaded.device.type],
-            merged=merge,
+            merged=merged,
             precision=precision,
             warn=warn,
         )
@@ -118,11 +121,11 @@ class Verifier:
         if not len(questions):
             return np.zeros(0)
         rows, _ = self.encoder.rows(questions, solutions)
+        if self.pace.seconds > COMPILE_AFTER:
+            self.compile(questions[:8], solutions[:8])
         started = time.perf_counter()
         p = score_ids(self.model, rows, self.encoder.frame.answer_ids, self.device, self.budget, self.shared, progress)
         self.pace.seconds += time.perf_counter() - started
-        if self.pace.seconds > COMPILE_AFTER:
-            self.compile(questions[:8], solutions[:8])
         return p
 
     def compile(self, questions: Sequence[str], solutions: Sequence[str]) -> None:
@@ -163,7 +166,7 @@ class Baseline:
     def score_rows(
         self, questions: Sequence[str], solutions: Sequence[str], progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        with self.verifier.model.disable_adapter():
+        with self.verifier.model.disable_adapter(), uncompiled(self.verifier.model):
             return self.verifier.score_rows(questions, solutions, progress)
 
 
@@ -188,8 +191,9 @@ def score_ids(
         asked: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
         for number, part in enumerate(parts):
             if ready is not None:
-                scored = label_logits(model, ready.result(), device)
+                this = ready.result()
                 ready = trie(parts[number + 1]) if number + 1 < len(parts) else None
+                scored = label_logits(model, this, device)
             else:
                 scored = rowwise_logits(model, [rows[i] for i in part], device)
             asked.append((part, *_on_its_way(p_correct(scored, answer_ids))))
@@ -206,7 +210,7 @@ def _on_its_way(scores: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return scores, None
     there = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True).copy_(scores, non_blocking=True)
     passed = torch.cuda.Event()
-    passed.record()
+    passed.record(torch.cuda.current_stream(scores.device))
     return there, passed
 
 

@@ -60,7 +60,10 @@ def what(run: RunFolder, data: Path | None) -> Section:
         blocks.append(Table(data_facts(about), title="Data"))
         blocks.append(
             Table(
-                [(x["name"], f"{x['rows']:,}", f"{x['refused']:,}", x["sha256"][:16]) for x in about["sources"]],
+                [
+                    (x["name"], f"{x['rows']:,}", f"{x['refused']:,}", (x["sha256"] or "")[:16])
+                    for x in about["sources"]
+                ],
                 ("source", "rows", "refused", "SHA-256"),
                 details="Sources of the data",
             )
@@ -114,7 +117,7 @@ def training(run: RunFolder) -> Section:
         losses.append(Series([v["step"] for v in held], [v["log_loss"] for v in held], 2, kind="both"))
         legend.append(("s2", "validation"))
     # The first steps of a run can be far above all others: the axis shows the smoothed loss and what is near it.
-    shown = sorted([v for v in [*smoothed, *[e["log_loss"] for e in held]] if v == v])
+    shown = sorted([v for v in [*smoothed, *[e["log_loss"] for e in held]] if v == v]) or [1.0]
     top = max(shown[int(len(shown) * 0.98) - 1] * 1.25, shown[-1] if shown[-1] < 4 * shown[len(shown) // 2] else 0)
     blocks = [
         Chart("Loss (nats)", over(losses, y_range=(0, top)), legend),

@@ -96,8 +96,8 @@ def learning_rate(sweep: Sweep) -> Section | None:
     drawn = plot(
         [s for s in series if s.x],
         x_label="learning rate",
-        x_range=(x.low, x.high),
-        log_x=x.log,
+        x_range=None if x.choices else (x.low, x.high),
+        log_x=x.log or bool(x.choices),
         marks=marks,
         size=svg.WIDE,
     )

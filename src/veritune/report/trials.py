@@ -184,7 +184,7 @@ class Axis:
 def axis(key: str, spec: dict[str, list[Any]]) -> Axis:
     """A searched setting as an axis."""
     if "choice" in spec:
-        choices = [str(value) for value in spec["choice"]]
+        choices = [str(_choice(value)) for value in spec["choice"]]  # as trials name them
         return Axis(key, -0.5, len(choices) - 0.5, False, choices)
     ((kind, (low, high)),) = spec.items()
     return Axis(key, float(low), float(high), kind == "log", [])

@@ -8,8 +8,9 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from .. import config
-from ..errors import ConfigError
+from ..errors import ConfigError, PeerError
 from ..flags import needs_run_file, parse
+from ..redact import redact
 
 
 @dataclass(frozen=True, kw_only=True, config=config.STRICT)
@@ -43,4 +44,11 @@ def sweep(args: Sequence[str], console: Console) -> None:
         if error.name not in ("optuna", "sqlalchemy"):
             raise
         raise ConfigError("sweep needs optuna and sqlalchemy: pip install 'veritune[sweep]'") from None
-    search(run, chosen.sweep, space, console, worker=chosen.worker, where=str(file))
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        search(run, chosen.sweep, space, console, worker=chosen.worker, where=str(file))
+    except (OptunaError, SQLAlchemyError) as error:
+        reason = redact(str(error).splitlines()[0])
+        raise PeerError(f"the sweep's storage failed: {reason}. No trial is lost; the same command goes on") from error

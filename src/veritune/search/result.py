@@ -1,6 +1,7 @@
 """What a sweep leaves: its trials as lines, its results as JSON, its best configuration as a run file, and a table."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
 def write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
     """Writes trials.jsonl, results.json and, once a trial is complete, best.toml. Returns the trials."""
     trials = lines(board)
-    partial = board.folder / "trials.tmp"
+    partial = board.folder / f"trials.{os.getpid()}.tmp"  # another process may write at the same time
     partial.write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
     partial.replace(board.folder / "trials.jsonl")
     best = best_of(trials)
@@ -47,7 +48,7 @@ def write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
     }
     write_json(board.folder / "results.json", results)
     if best:
-        partial = board.folder / "best.tmp"
+        partial = board.folder / f"best.{os.getpid()}.tmp"
         partial.write_text(run_file(board, run, best, rows), encoding="utf-8")
         partial.replace(board.folder / "best.toml")
     return trials
@@ -115,7 +116,7 @@ def show(board: Board, trials: list[dict[str, Any]], console: Console) -> None:
             *(shown(trial["params"].get(key)) for key in keys),
         )
     if ranked:
-        console.print(table)
+        console.print(table, markup=False)
     counts = Counter(trial["state"] for trial in trials)
     total = sum(trial["seconds"] or 0 for trial in trials)
     console.print(

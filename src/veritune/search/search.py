@@ -196,6 +196,7 @@ def child(
     except KeyboardInterrupt:
         raise SystemExit(STOPPED) from None
     except VerituneError as error:
+        (folder / "trials").mkdir(exist_ok=True)
         with (folder / "trials" / f"worker-{os.getpid()}.log").open("w", encoding="utf-8") as log:
             log.write(f"{error}\n")
         raise SystemExit(2) from None

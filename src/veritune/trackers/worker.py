@@ -105,7 +105,10 @@ def follow(
         service.flush()
         with suppress(OSError):
             record.write()
-    _tables(service, Path(spec["run"]), max(step, 0), last)
+    try:
+        _tables(service, Path(spec["run"]), max(step, 0), last)
+    except Exception as error:
+        say(redact(f"no tables: {type(error).__name__}: {error}".splitlines()[0]))
     service.close(failed=bool(failed and failed[0]))
     with suppress(OSError):
         record.write()

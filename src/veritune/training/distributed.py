@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -116,7 +116,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            said = self.store.get(ENDED).decode() if self.store.check([ENDED]) else str(error).splitlines()[0]
+            said = str(error).splitlines()[0]
+            with suppress(RuntimeError):  # the store's own machine may be the one that is gone
+                said = self.store.get(ENDED).decode() if self.store.check([ENDED]) else said
             raise PeerError(
                 f"another process of this run has ended or does not answer: {said}. The same command goes on from the "
                 "last checkpoint"

@@ -1,5 +1,6 @@
 """A run brought back from its replica: to a new machine, or to one whose own folder is behind or damaged."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def _bring(copy: Path, step: int, folder: Path, values: dict[str, Any], same_so_
         else:
             partial = folder / f".{name}.tmp"
             write_file(partial, [data])
+            was = (copy / f"{RUN}{name}").stat()
+            os.utime(partial, (was.st_atime, was.st_mtime))  # a session that was killed ended when it wrote last
             partial.replace(folder / name)
     sync_folder(folder)
     for inner, them in groups.items():

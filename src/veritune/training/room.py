@@ -119,10 +119,13 @@ def replan(state: "Training", **changes: Any) -> None:
 
 def fall_back(state: "Training", micros: list["Micro"], say: Callable[[str], None]) -> None:
     """Takes the next cheaper way after memory ran out, and says so. Raises RoomError if there is none."""
-    state.graphs = None
+    recorded, state.graphs = state.graphs is not None, None
     state.optimizer.zero_grad(set_to_none=True)
     if state.base.device.type == "cuda":
         torch.cuda.empty_cache()
+    if recorded:  # they hold a step's memory beside the one that is computed
+        say("memory ran out; from here on no CUDA graphs are used. The step is done again, nothing is lost")
+        return
     was, layers = state.planned, len(load.layers(state.model))
     cheaper = fit.cheaper(was.shape, was.job, state.run.train, was.mix, was.fit) if was is not None else None
     if was is not None and cheaper is not None:

@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, RoomError
+from ..model.graphs import default_stream
 from ..model.verdict import label_logits, label_loss, rowwise_logits
 from . import room
 from .feed import Micro, micro_batches
@@ -83,7 +84,8 @@ def update(state: "Training", at: At, step: int, loss: float, norm: float) -> bo
         for group in state.optimizer.param_groups:
             group["lr"] = state.plan.lr(step)
         try:
-            state.optimizer.step()
+            with default_stream(state.base.device) if state.graphs is not None else nullcontext():
+                state.optimizer.step()
         except torch.OutOfMemoryError as error:  # some weights may have changed: the step cannot be done again
             raise RoomError(
                 f"step {step + 1:,}: memory ran out while weights were changed; the same command goes on from the last "
