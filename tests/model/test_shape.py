@@ -36,7 +36,7 @@ def test_a_folder_is_read_by_its_configuration_alone(tiny_folder: Path, tmp_path
 
 
 def test_a_gguf_is_read_by_its_header(smollm2: Path, tmp_path: Path) -> None:
-    assert shape.read(str(smollm2)) == Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
+    assert shape.read(str(smollm2)) == Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True, narrow=True)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(smollm2.read_bytes()[: 4 << 20])  # no weights
     assert shape.read(str(cut)) == shape.read(str(smollm2))
