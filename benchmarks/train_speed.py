@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--losses", type=Path, help="where to write the loss of each step, as JSON")
     o = parser.parse_args()
     device = load.pick_device("auto")
+    o.graphs = o.graphs and device.type == "cuda"
     rows, labels, questions, answers = workload.read(o.rows)
     started = time.perf_counter()
     if o.cap:

@@ -57,7 +57,7 @@ def test_kill_at_random_moments_leaves_a_whole_checkpoint(scratch):
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_at_200_random_moments_leaves_a_whole_checkpoint(scratch, seed):
     counted = run("crashes.py", "kill", scratch / "x", 200, seed)
-    assert counted["saves"] > 50
+    assert counted["saves"] > 20
 
 
 @pytest.fixture(scope="session")
