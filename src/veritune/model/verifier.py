@@ -78,10 +78,10 @@ class Verifier:
         reason = load.check_paths(loaded, about.frame.max_length)
         if reason:
             warn(f"{settings.path}: rows are scored one by one, slowly, because {reason}")
-        if merge is None:
-            # An adapter trained on FP8 weights has learnt to live with just their rounding.
-            fast = found.type == "cuda" and (precision == "bf16" or (precision == "fp8" and about.precision != "fp8"))
-            merge = None if fast else False
+        # An adapter trained on FP8 weights has learnt to live with just their rounding.
+        fits = precision == "bf16" or (precision == "fp8" and about.precision != "fp8")
+        if merge is None and not (found.type == "cuda" and fits):
+            merge = False
         model = adapter.load_adapter(loaded, path, merge=merge)
         merged = not isinstance(model, PeftModel)
         model.eval()
@@ -118,15 +118,19 @@ class Verifier:
         A score does not depend on the rows beside it, but for rounding. On a GPU, who scores for a minute is taken to
         have more to score: layers are then compiled.
         """
-        if not len(questions):
-            return np.zeros(0)
-        rows, _ = self.encoder.rows(questions, solutions)
-        if self.pace.seconds > COMPILE_AFTER:
+        if len(questions) and self.pace.seconds > COMPILE_AFTER:
             self.compile(questions[:8], solutions[:8])
         started = time.perf_counter()
-        p = score_ids(self.model, rows, self.encoder.frame.answer_ids, self.device, self.budget, self.shared, progress)
+        p = self._scores(questions, solutions, progress)
         self.pace.seconds += time.perf_counter() - started
         return p
+
+    def _scores(
+        self, questions: Sequence[str], solutions: Sequence[str], progress: Callable[[int], None] | None
+    ) -> np.ndarray:
+        rows, _ = self.encoder.rows(questions, solutions)
+        answers = self.encoder.frame.answer_ids
+        return score_ids(self.model, rows, answers, self.device, self.budget, self.shared, progress)
 
     def compile(self, questions: Sequence[str], solutions: Sequence[str]) -> None:
         """Compiles the layers on a GPU, once, if these rows' logits then stay what they are: tens of seconds, after
@@ -167,7 +171,7 @@ class Baseline:
         self, questions: Sequence[str], solutions: Sequence[str], progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         with self.verifier.model.disable_adapter(), uncompiled(self.verifier.model):
-            return self.verifier.score_rows(questions, solutions, progress)
+            return self.verifier._scores(questions, solutions, progress)
 
 
 def score_ids(
