@@ -24,7 +24,7 @@ from veritune import config
 from veritune.data.generate import generate
 from veritune.model import adapter, load
 from veritune.model.lora import FastLinear, FastLinear4bit
-from veritune.model.verdict import label_logits, label_loss, logits, p_correct
+from veritune.model.verdict import label_logits, label_loss, p_correct, rowwise_logits
 from veritune.tokens.encode import encoder
 from veritune.tokens.prompt import render
 from veritune.tokens.trie import build
@@ -281,7 +281,7 @@ def test_nf4_has_the_gradients_of_its_dequantised_weights(nf4: load.Base, tiny_f
     rows = BATCHES["three levels: instruction, questions"]
     labels = labels_of(rows)
     with torch.inference_mode():
-        logits(model, rows, nf4.device)
+        label_logits(model, build(rows), nf4.device)
     loss, grads = of_trie(model, rows, labels)
     truth, expected = row_by_row(stock_of(exact, model), rows, labels)
     assert loss == pytest.approx(truth, rel=0.01)
@@ -297,9 +297,9 @@ def test_nf4_trains_and_shares_rows(nf4: load.Base) -> None:
     rows = BATCHES["three levels: instruction, questions"]
     labels = labels_of(rows)
     with torch.no_grad():
-        shared = p_correct(logits(model, rows, nf4.device), ANSWERS)
+        shared = p_correct(label_logits(model, build(rows), nf4.device), ANSWERS)
         nf4.model.set_attn_implementation("sdpa")
-        alone = p_correct(logits(model, rows, nf4.device, shared=False), ANSWERS)
+        alone = p_correct(rowwise_logits(model, rows, nf4.device), ANSWERS)
         load.use_paths(nf4.model)
     assert shared.tolist() == pytest.approx(alone.tolist(), abs=0.03)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)

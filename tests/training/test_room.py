@@ -16,7 +16,7 @@ from veritune.data.generate import generate
 from veritune.errors import RoomError
 from veritune.model import verdict
 from veritune.model.shape import Shape
-from veritune.model.verdict import logits
+from veritune.tokens.trie import build
 from veritune.training import fit, memory, trainer
 from veritune.training import room as rooms
 from veritune.training import step as steps
@@ -104,9 +104,9 @@ def test_an_nf4_base_is_held_unpacked_only_where_there_is_room(
     shape, of = Shape.of(state.base.model.config.to_dict()), fit.mix([rows])
     job = memory.Job("nf4", run.lora.rank, run.lora.targets, run.train.optimizer, compiled=False)
     state.planned = rooms.Planned(shape, job, of, fit.choose(shape, job, run.train, of, room))
-    before = logits(state.model, rows, state.base.device)
+    before = verdict.label_logits(state.model, build(rows), state.base.device)
     rooms.unpack(state)
     assert state.planned.job.precision == held
     assert state.base.unpacked == (held == "bf16")  # who trains the next adapter on it plans with that
     assert any(isinstance(module, Linear4bit) for module in state.model.modules()) == (held == "nf4")
-    assert torch.equal(logits(state.model, rows, state.base.device), before)
+    assert torch.equal(verdict.label_logits(state.model, build(rows), state.base.device), before)

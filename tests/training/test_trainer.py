@@ -23,9 +23,10 @@ from veritune import config, durable
 from veritune.data import dataset
 from veritune.data.generate import generate
 from veritune.errors import BusyError, ConfigError, DataError, ModelError, NonFiniteError
-from veritune.model.verdict import label_loss, logits
+from veritune.model.verdict import label_logits, label_loss
 from veritune.model.verifier import Verifier
 from veritune.quality.metrics import measure
+from veritune.tokens.trie import build
 from veritune.training import checkpoint, progress, trainer
 from veritune.training import plan as plans
 from veritune.training import step as steps
@@ -334,7 +335,7 @@ def test_a_run_starts_from_an_adapter(data: Path, tiny_folder: Path, uninterrupt
     verifier = Verifier.load(before, device="cpu")
     ids, _ = verifier.encoder.rows([rows.questions[i] for i in first], [rows.solutions[i] for i in first])
     with torch.inference_mode():
-        scored = logits(verifier.model, ids, verifier.device)
+        scored = label_logits(verifier.model, build(ids), verifier.device)
         loss = label_loss(scored, torch.from_numpy(rows.labels[first]), verifier.encoder.frame.answer_ids) / len(first)
     assert losses(tmp_path / "run")[0] == pytest.approx(float(loss), rel=1e-5)
     with pytest.raises(ConfigError, match="rank 64 instead of 8"):

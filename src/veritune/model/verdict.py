@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tokens.trie import Trie, build
+from ..tokens.trie import Trie
 from .attention import Paths, paths_of
 from .narrow import is_narrow
 
@@ -42,11 +42,6 @@ def rowwise_logits(model: Any, rows: list[np.ndarray], device: torch.device, aft
         end = torch.tensor([len(row) - 1], device=device)
         out.append(model(input_ids=ids[None], logits_to_keep=end, use_cache=False).logits[0, -1].float())
     return torch.stack(out)
-
-
-def logits(model: Any, rows: list[np.ndarray], device: torch.device, *, shared: bool = True) -> Tensor:
-    """Label logits of rows (ids, int32 [length] each), float32 [rows, vocabulary], sharing beginnings or not."""
-    return label_logits(model, build(rows), device) if shared else rowwise_logits(model, rows, device)
 
 
 def label_loss(logits: Tensor, labels: Tensor, answer_ids: tuple[int, int]) -> Tensor:

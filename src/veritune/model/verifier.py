@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .. import config
 from ..errors import ConfigError
 from ..tokens.encode import Encoder, encoder
 from ..tokens.prompt import check_answers
-from ..tokens.trie import Trie, build, split
+from ..tokens.trie import build, split
 from . import adapter, load
 from .compiled import compile_layers, uncompiled
 from .verdict import label_logits, p_correct, rowwise_logits
@@ -26,6 +25,14 @@ from .verdict import label_logits, p_correct, rowwise_logits
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 COMPILE_AFTER = 60.0
 """Seconds of scoring. On a GPU, compiling takes some 20."""
+
+
+@dataclass
+class Pace:
+    """How long a verifier has scored, and whether it was sped up for it."""
+
+    seconds: float = 0.0
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,9 @@ class Verifier:
     """Rows share their beginnings; False for models whose attention paths cannot express."""
     budget: int
     """Tokens computed at once."""
-    merged: bool = False
-    """The adapter is part of the weights."""
     precision: str = "bf16"
     """How the base is held; see `config.Model.base`."""
-    pace: "Pace" = field(default_factory=lambda: Pace())
+    pace: Pace = field(default_factory=Pace)
     warn: Callable[[str], None] = print
 
     @staticmethod
@@ -83,10 +88,10 @@ class Verifier:
         if merge is None and not (found.type == "cuda" and fits):
             merge = False
         model = adapter.load_adapter(loaded, path, merge=merge)
-        merged = not isinstance(model, PeftModel)
         model.eval()
         digest = hashlib.sha256((Path(path).expanduser() / "adapter_model.safetensors").read_bytes())
-        values = [about.frame.to_json(), settings.path, precision, *(["merged"] if merged else [])]
+        merged = [] if isinstance(model, PeftModel) else ["merged"]
+        values = [about.frame.to_json(), settings.path, precision, *merged]
         digest.update(json.dumps(values, sort_keys=True).encode())
         return Verifier(
             model=model,
@@ -95,14 +100,13 @@ class Verifier:
             identity=digest.hexdigest()[:16],
             shared=reason is None,
             budget=MICRO_BATCH_TOKENS[loaded.device.type],
-            merged=merged,
             precision=precision,
             warn=warn,
         )
 
     def without_adapter(self) -> "Baseline":
         """The base model with the same prompt, to compare with. Raises ConfigError if the adapter was merged."""
-        if self.merged:
+        if not isinstance(self.model, PeftModel):
             raise ConfigError("the adapter is part of the weights: load the verifier with merge=False")
         return Baseline(self)
 
@@ -149,14 +153,6 @@ class Verifier:
             self.warn(f"layers are not compiled, which is slower: {problem}")
 
 
-@dataclass
-class Pace:
-    """How long a verifier has scored, and whether it was sped up for it."""
-
-    seconds: float = 0.0
-    compiled: bool = False
-
-
 @dataclass(frozen=True)
 class Baseline:
     """A verifier's base model without its adapter."""
@@ -185,23 +181,13 @@ def score_ids(
 ) -> np.ndarray:
     """P(correct) of encoded rows (int32 [length] each), float64 [rows], `budget` tokens at a time."""
     out = np.empty(len(rows))
-    parts = split(rows, budget)
-    with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
-
-        def trie(part: list[int]) -> Future[Trie]:
-            return pool.submit(build, [rows[i] for i in part])
-
-        ready = trie(parts[0]) if parts and shared else None
-        asked: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
-        for number, part in enumerate(parts):
-            if ready is not None:
-                this = ready.result()
-                ready = trie(parts[number + 1]) if number + 1 < len(parts) else None
-                scored = label_logits(model, this, device)
-            else:
-                scored = rowwise_logits(model, [rows[i] for i in part], device)
+    asked: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
+    with torch.inference_mode():
+        for part in split(rows, budget):
+            chosen = [rows[i] for i in part]
+            scored = label_logits(model, build(chosen), device) if shared else rowwise_logits(model, chosen, device)
             asked.append((part, *_on_its_way(p_correct(scored, answer_ids))))
-            if len(asked) > 1:  # a GPU goes on with this batch while the last one's scores are read
+            if len(asked) > 1:  # a GPU is at this batch while the last one's scores are read and the next is built
                 _take(*asked.pop(0), out, progress)
         for done in asked:
             _take(*done, out, progress)

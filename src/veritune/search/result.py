@@ -1,7 +1,6 @@
 """What a sweep leaves: its trials as lines, its results as JSON, its best configuration as a run file, and a table."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,13 @@ def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
     """Writes trials.jsonl, results.json and, once a trial is complete, best.toml. Returns the trials."""
+    with board.locked():  # several processes may come to this at the same time
+        return _write(board, run, rows)
+
+
+def _write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
     trials = lines(board)
-    partial = board.folder / f"trials.{os.getpid()}.tmp"  # another process may write at the same time
+    partial = board.folder / "trials.tmp"
     partial.write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
     partial.replace(board.folder / "trials.jsonl")
     best = best_of(trials)
@@ -48,7 +52,7 @@ def write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
     }
     write_json(board.folder / "results.json", results)
     if best:
-        partial = board.folder / f"best.{os.getpid()}.tmp"
+        partial = board.folder / "best.tmp"
         partial.write_text(run_file(board, run, best, rows), encoding="utf-8")
         partial.replace(board.folder / "best.toml")
     return trials

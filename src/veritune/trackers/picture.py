@@ -1,6 +1,5 @@
 """A small table of numbers as an image, for trackers that show images beside curves."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +7,9 @@ CELL, LABEL, HEIGHT, SIZE = 110, 210, 44, 16
 LIGHT, DARK = (247, 251, 255), (8, 69, 148)
 
 
-def heat_map(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
-    """A PNG of a table whose first column names the rows: the larger a number, the darker its cell, from the smallest
-    to the largest of the table. None stays empty."""
+def heat_map(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """A PIL image of a table whose first column names the rows: the larger a number, the darker its cell, from the
+    smallest to the largest of the table. None stays empty."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(SIZE)
@@ -37,6 +36,4 @@ def heat_map(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
             draw.rectangle((left, top, left + CELL - 2, top + HEIGHT - 2), fill=shade)
             shown = f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
             write(shown, left, top, CELL, "white" if part > 0.55 else "black")
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
+    return image

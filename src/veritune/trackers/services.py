@@ -1,8 +1,8 @@
 """Weights & Biases, Trackio and TensorBoard, each behind the same six calls. Used only inside the worker process.
 
 A service is made with a `Spec`; then come `log` for the numbers of a step, `table` for a small table of texts and
-numbers, `picture` for an image, `flush`, and `close` at the end. Any of them may raise anything or hang: the worker is
-there for that.
+numbers, `picture` for a PIL image, `flush`, and `close` at the end. Any of them may raise anything or hang: the worker
+is there for that.
 """
 
 import io
@@ -38,7 +38,7 @@ class Service(Protocol):
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Row]) -> None: ...
 
-    def picture(self, step: int, name: str, png: bytes) -> None: ...
+    def picture(self, step: int, name: str, image: Any) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -86,8 +86,8 @@ class Wandb:
         table = self._wandb.Table(columns=list(columns), data=[list(map(_cell, row)) for row in rows])
         self._run.log({name: table}, step=step)
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        self._run.log({name: self._wandb.Image(_image(png))}, step=step)
+    def picture(self, step: int, name: str, image: Any) -> None:
+        self._run.log({name: self._wandb.Image(image)}, step=step)
 
     def flush(self) -> None: ...
 
@@ -134,8 +134,8 @@ class Trackio:
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
         self._run.log({name: self._markdown(markdown(columns, rows))}, step=step)
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        self._run.log({name: self._image(_image(png))}, step=step)
+    def picture(self, step: int, name: str, image: Any) -> None:
+        self._run.log({name: self._image(image)}, step=step)
 
     def flush(self) -> None: ...
 
@@ -166,10 +166,12 @@ class TensorBoard:
         summary = self._text(name, markdown(columns, rows))
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        width, height = _image(png).size
-        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-        summary = self._summary(value=[self._summary.Value(tag=name, image=image)])
+    def picture(self, step: int, name: str, image: Any) -> None:
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        width, height = image.size
+        png = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=out.getvalue())
+        summary = self._summary(value=[self._summary.Value(tag=name, image=png)])
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
@@ -177,12 +179,6 @@ class TensorBoard:
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()
-
-
-def _image(png: bytes) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(png))
 
 
 def _cell(value: Any) -> Any:
