@@ -185,16 +185,14 @@ def _check_paths(base: Base, max_length: int) -> str | None:
     reason = _beyond_paths(text, max_length)
     if reason:
         return reason
-    rng = np.random.default_rng(0)
-
-    def draw(tokens: int) -> np.ndarray:
-        return rng.integers(0, text.vocab_size, tokens, dtype=np.int32)
-
-    head, question = draw(24), draw(24)
-    rows = [np.concatenate((head, question, draw(n))) for n in (9, 17)] + [np.concatenate((head, draw(33)))]
+    texts = [_tokens(base, part, number) for number, part in enumerate(TEXTS)]
+    head, question, *solutions, other, behind = texts
+    rows = [np.concatenate((head, question, solution)) for solution in solutions] + [np.concatenate((head, other))]
     with torch.no_grad():
         stock = rowwise_logits(base.model, rows, base.device)
-        again = rowwise_logits(base.model, rows, base.device, after=draw(40))
+        with contextlib.suppress(ValueError, ImportError):  # what a family does not offer
+            base.model.set_attn_implementation("eager" if base.stock != "eager" else "sdpa")
+        again = rowwise_logits(base.model, rows, base.device, after=behind)
         try:
             use_paths(base.model)
             with attention.witness() as attended:
@@ -205,6 +203,26 @@ def _check_paths(base: Base, max_length: int) -> str | None:
     if reason is None and len(attended) != text.num_hidden_layers:
         reason = f"{len(attended)} of its {text.num_hidden_layers} layers attend through transformers' interface"
     return reason
+
+
+TEXTS = (
+    "Each solution is read once, from its first line to its last.\n",
+    "A shop sells 12 loaves in the morning and twice as many after noon. How many loaves does it sell in all?\n",
+    "After noon it sells 2 * 12 = 24 loaves. That makes 12 + 24 = 36.",
+    "Twice 12 is 24, so the answer is 24.",
+    "What is 7 + 8? Seven and eight make fifteen: 15.",
+    "\nIs this solution correct? Answer with one word. The answer is",
+)
+"""What paths are checked on: the head of all rows, a question, two solutions of it, another row, and what may stand
+behind a row. On random tokens low precision is mostly rounding."""
+
+
+def _tokens(base: Base, text: str, seed: int) -> np.ndarray:
+    """A text's tokens; random ones for a model without a tokenizer."""
+    if base.tokenizer is not None:
+        return np.asarray(base.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    vocabulary = base.model.config.get_text_config().vocab_size
+    return np.random.default_rng(seed).integers(0, vocabulary, len(text) // 4, dtype=np.int32)
 
 
 def check_length(base: Base, max_length: int) -> None:
@@ -235,13 +253,14 @@ def _beyond_paths(text: Any, max_length: int) -> str | None:
 
 
 def _differ(stock: Tensor, again: Tensor, ours: Tensor, *, exact: bool) -> str | None:
-    """Whether label logits [rows, vocabulary] of a trie are off by more than rounding. `again`: the stock ones with
-    other tokens behind each row, which tells how far low precision carries a rounding error."""
+    """Whether label logits [rows, vocabulary] of a trie are off by more than rounding. `again`: the stock ones through
+    another of transformers' attention functions and with other tokens behind each row, which tells how far low
+    precision carries a rounding error. Logits of another row are off by 2 or so."""
     if ours.shape != stock.shape:
         return "it does not take the positions at which logits are wanted"
     spread = (stock - stock.mean(-1, keepdim=True)).norm(dim=-1)
     difference, rounding = (float(((other - stock).norm(dim=-1) / spread).max()) for other in (ours, again))
-    allowed = 1e-3 if exact else max(0.05, min(5 * rounding, 0.3))
+    allowed = 1e-3 if exact else max(0.1, min(3 * rounding, 0.6))
     if difference <= allowed:
         return None
     return f"trie batches differ from row-by-row results by {difference:.1%} (rounding: {rounding:.1%})"
