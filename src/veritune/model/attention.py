@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 from transformers import AttentionInterface
 
 from ..errors import ModelError
@@ -32,6 +33,8 @@ class Paths:
     segments: Tensor  # int32 [S + 1]
     path: Tensor  # int64 [P]
     paths: Tensor  # int32 [S + 1]
+    order: Tensor  # int64 [P]: the path's entries, those of a token beside each other
+    starts: Tensor  # int64 [T + 1]: where each token's begin in `order`
     ends: Tensor  # int64 [rows]
     longest_segment: int
     longest_path: int
@@ -39,14 +42,24 @@ class Paths:
 
 def paths_of(trie: Trie, device: torch.device) -> Paths:
     """Moves a trie's paths to a device."""
+    path = torch.from_numpy(trie.path).to(device, non_blocking=True)
+    order, starts = uses(path, trie.tokens)
     return Paths(
         segments=torch.from_numpy(trie.segments).to(device, non_blocking=True),
-        path=torch.from_numpy(trie.path).to(device, non_blocking=True),
+        path=path,
         paths=torch.from_numpy(trie.paths).to(device, non_blocking=True),
+        order=order,
+        starts=starts,
         ends=torch.from_numpy(trie.ends).to(device, non_blocking=True),
         longest_segment=trie.longest_segment,
         longest_path=trie.longest_path,
     )
+
+
+def uses(path: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """`Paths.order` and `Paths.starts` of a path [P]."""
+    ordered, order = torch.sort(path, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(tokens + 1, device=path.device))
 
 
 def path_attention(
@@ -74,7 +87,8 @@ def path_attention(
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     out, _ = attend(
-        q, k, v, paths.segments, paths.path, paths.paths, paths.longest_segment, paths.longest_path, scale
+        q, k, v, paths.segments, paths.path, paths.paths, paths.order, paths.starts, paths.longest_segment,
+        paths.longest_path, scale,
     )  # fmt: skip
     return out[None], None
 
@@ -87,6 +101,8 @@ def attend(
     segments: Tensor,
     path: Tensor,
     paths: Tensor,
+    order: Tensor,
+    starts: Tensor,
     longest_segment: int,
     longest_path: int,
     scale: float,
@@ -118,6 +134,8 @@ def attend_backward(
     segments: Tensor,
     path: Tensor,
     paths: Tensor,
+    order: Tensor,
+    starts: Tensor,
     longest_segment: int,
     longest_path: int,
     scale: float,
@@ -134,10 +152,15 @@ def attend_backward(
         grad.contiguous(), q, k[path], v[path], out, sums, segments, paths, longest_segment, longest_path, 0.0, False,
         seed, unused, scale=scale, window_size_left=-1, window_size_right=0,
     )  # fmt: skip
+    if has_triton():
+        from .path_sum import sum_paths
+
+        return dq, sum_paths(dk, order, starts, k), sum_paths(dv, order, starts, v)
     return dq, _sum_paths(dk, path, k), _sum_paths(dv, path, v)
 
 
 def _sum_paths(gathered: Tensor, path: Tensor, like: Tensor) -> Tensor:
+    """The same where there is no Triton: on Windows."""
     total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     return total.index_add_(0, path, gathered.float()).to(like.dtype)
 
@@ -153,11 +176,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, segments, path, paths, out, sums = ctx.saved_tensors
+    q, k, v, segments, path, paths, order, starts, out, sums = ctx.saved_tensors
     grads = attend_backward(
-        grad, q, k, v, out, sums, segments, path, paths, ctx.longest_segment, ctx.longest_path, ctx.scale
+        grad, q, k, v, out, sums, segments, path, paths, order, starts, ctx.longest_segment, ctx.longest_path, ctx.scale
     )  # fmt: skip
-    return *grads, None, None, None, None, None, None
+    return *grads, *(None,) * 8
 
 
 attend.register_autograd(_backward, setup_context=_setup)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..tokens.pad import Size, pad
 from ..tokens.trie import Trie
-from .attention import Paths
+from .attention import Paths, uses
 from .compiled import gradients
 from .load import layers
 from .verdict import logits_of
@@ -129,7 +129,8 @@ class Graphs:
     def _loss(self, size: Size, numbers: Tensor, weights: Tensor) -> Tensor:
         counts = (size.tokens, size.tokens, size.path, size.rows, size.rows, size.segments + 1, size.segments + 1)
         ids, positions, path, ends, answers, segments, paths = numbers.split(counts)
-        along = Paths(segments.int(), path, paths.int(), ends, size.longest_segment, size.longest_path)
+        order, starts = uses(path, size.tokens)
+        along = Paths(segments.int(), path, paths.int(), order, starts, ends, size.longest_segment, size.longest_path)
         logits = logits_of(self._model, ids, positions, along)
         return (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
 

@@ -147,7 +147,7 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     if job.precision == "nf4":
         working += 2 * shape.largest
     rotary = 2 * batch.tokens * element * shape.head_dim
-    indices = 16 * batch.tokens + 8 * batch.entries
+    indices = 24 * batch.tokens + 16 * batch.entries
     return Peak(
         weights=WEIGHT[job.precision] * shape.inside + element * shape.outside,
         adapter=trained * (4 + 4 + STATE[job.optimizer]),  # parameters and gradients are float32
