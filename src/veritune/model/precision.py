@@ -24,8 +24,10 @@ FP8 = torch.float8_e4m3fn
 @torch.library.custom_op("veritune::product_plus", mutates_args=())
 def product_plus(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
     """x [T, k], w [n, k], bias [n], low [T, r], up [n, r] -> x w^T + bias + low up^T [T, n]."""
-    y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
-    return y.addmm_(low, up.t())
+    # The small product first: the large one then adds to it as it writes, which costs less than a second pass, and the
+    # sum is rounded once.
+    y = low @ up.t() if bias is None else torch.addmm(bias, low, up.t())
+    return y.addmm_(x, w.t())
 
 
 @product_plus.register_fake
