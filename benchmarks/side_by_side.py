@@ -45,11 +45,11 @@ GROUPS: dict[str, list[list[str]]] = {
     ],
     "fp8": [[*OURS, "--steps", "2", "--base", "fp8"], *peers(16, batches=(16,))],
     "nf4-40": [
-        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "40", "--micro-batch-tokens", "6144"],
+        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "40", "--unpacked"],
         *peers(4, "--recompute", "--cap", "40", batches=(16, 32)),
     ],
     "nf4-15": [
-        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "15", "--micro-batch-tokens", "4096", "--checkpointing"],
+        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "15"],
         *peers(4, "--recompute", "--cap", "15", batches=(4, 8)),
     ],
     "small": [

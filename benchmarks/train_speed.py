@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from veritune import config
 from veritune.model import adapter, graphs, load, precision
 from veritune.model.compiled import compile_layers, gradients
+from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import build, split
-from veritune.training import optimizer
+from veritune.training import fit, memory, optimizer, room
 
 SHAPES = {
     "8b": LlamaConfig(
@@ -79,6 +80,16 @@ def to_nf4(module: torch.nn.Linear) -> Linear4bit:
     return packed
 
 
+def chosen_budget(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace) -> int:
+    """The micro-batch that veritune would choose for steps of these rows under the cap, nothing computed again."""
+    held = "bf16" if o.unpacked else o.base
+    job = memory.Job(held, 16, tuple(config.Lora().targets), config.Train().optimizer, not o.eager)
+    steps = [rows[i : i + o.examples] for i in range(0, min(len(rows), 8 * o.examples), o.examples)]
+    settings = config.Train(gradient_checkpointing="on" if o.checkpointing else "off")
+    shape, of = Shape.of(base.model.config.to_dict()), fit.mix(steps, shared=True)
+    return fit.choose(shape, job, settings, of, o.cap * 2**30, room.card_of(torch.cuda.get_device_name())).budget
+
+
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
@@ -107,7 +118,7 @@ def main() -> None:
     parser.add_argument("--base", default="bf16")
     parser.add_argument("--together", type=int, default=8)
     parser.add_argument("--examples", type=int, default=128)
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384)
+    parser.add_argument("--micro-batch-tokens", type=int, help="with --cap: as veritune would choose; else 16384")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="steps in a window")
     parser.add_argument("--checkpointing", action="store_true")
@@ -142,6 +153,9 @@ def main() -> None:
     frozen = text.num_hidden_layers * (per_layer + 3 * text.hidden_size * text.intermediate_size)
     starts = np.flatnonzero(np.r_[True, questions[1:] != questions[:-1]])
     picks = np.concatenate([np.arange(s, min(s + o.together, len(rows))) for s in starts])
+
+    if o.micro_batch_tokens is None:
+        o.micro_batch_tokens = chosen_budget(base, [rows[i] for i in picks], o) if o.cap else 16384
 
     def batch(step: int) -> list:
         at = (step * o.examples) % (len(picks) - o.examples)
@@ -205,6 +219,7 @@ def main() -> None:
     result = {
         "engine": f"veritune {o.base}" + " unpacked" * o.unpacked + " recomputed" * o.checkpointing
         + " graphs" * o.graphs, "model": o.model or o.shape, "together": o.together,
+        "cap GiB": o.cap, "micro-batch tokens": o.micro_batch_tokens,
         "examples/s": round(speeds[len(speeds) // 2], 1), "tokens/s": round(rates[len(rates) // 2]),
         "prompt tokens/s": round(prompts[len(prompts) // 2]),
         "share of matrix rate": round(rates[len(rates) // 2] * 4 * frozen / rate, 3),

@@ -93,8 +93,8 @@ def use(state: "Training", found: Planned | None) -> None:
 
 
 def unpack(state: "Training") -> None:
-    """Holds an NF4 base as bf16 where that costs neither recomputation nor smaller micro-batches: the same numbers, and
-    no unpacking at every product."""
+    """Holds an NF4 base as bf16 where steps are foreseen to be no slower so, smaller micro-batches and recomputation
+    included: the same numbers, and no unpacking at every product."""
     was = state.planned
     if state.base.unpacked:  # for an earlier run of this process; this adapter may be on further layers
         hold_unpacked(state.model)
@@ -102,7 +102,7 @@ def unpack(state: "Training") -> None:
         return
     job = replace(was.job, precision="bf16")
     found = fit.choose(was.shape, job, state.run.train, was.mix, was.fit.room, was.fit.card)
-    if found.fits and found.recomputed <= was.fit.recomputed and found.budget >= was.fit.budget:
+    if found.fits and found.seconds <= was.fit.seconds:
         hold_unpacked(state.model)
         state.base.unpacked = True
         use(state, replace(was, job=job, fit=found))
