@@ -139,7 +139,7 @@ def work(o: argparse.Namespace, sizes: list[int], jobs: Any, results: Any, numbe
                         state.encoder.frame.answer_ids,
                         base.device,
                         state.budget,
-                        state.shared,
+                        state.way,
                     )
                 np.savez(folder / "scores.npz", **scores)  # pyright: ignore[reportArgumentType]
 

@@ -18,7 +18,7 @@ from tiny_models import tiny
 from veritune import config
 from veritune.errors import ConfigError, MissingError, ModelError
 from veritune.model import attention, load
-from veritune.model.verdict import label_logits, rowwise_logits
+from veritune.model.verdict import label_logits, like_lengths, rowwise_logits
 from veritune.tokens.trie import build
 
 CPU = torch.device("cpu")
@@ -143,14 +143,24 @@ def test_a_model_without_a_reason_is_exact_on_rows_of_full_length(family: str, c
 def test_a_model_that_paths_cannot_express_is_found_out(family: str, changes: dict[str, Any], reason: str) -> None:
     model = made(family, changes)
     before = model.config._attn_implementation
-    rows = long_rows()[-3:]
+    rows = long_rows()
     with torch.no_grad():
         stock = rowwise_logits(model, rows, CPU)
-    assert reason in str(load.check_paths(base_of(model), MAX_LENGTH))
-    # The model is as it was, and row by row still works.
+    base = base_of(model)
+    assert reason in str(load.check_paths(base, MAX_LENGTH))
+    # The model is as it was, and its rows can still be computed: beside each other, where that changes nothing.
     assert model.config._attn_implementation == before
+    assert base.ways[MAX_LENGTH] == ("single" if family in ("bert", "phi3", "llama") else "padded")
     with torch.no_grad():
-        assert torch.allclose(rowwise_logits(model, rows, CPU), stock, atol=1e-5)
+        assert torch.allclose(rowwise_logits(model, rows, CPU, base.ways[MAX_LENGTH]), stock, atol=1e-5)
+
+
+def test_rows_beside_each_other_are_of_like_length() -> None:
+    rows = [np.zeros(n, dtype=np.int32) for n in (100, 40, 126, 49, 110, 125, 51, 100)]
+    parts = like_lengths(rows)
+    assert [[len(rows[i]) for i in part] for part in parts] == [[40, 49], [51], [100, 100, 110, 125], [126]]
+    assert sorted(i for part in parts for i in part) == list(range(8))
+    assert [len(part) for part in like_lengths([rows[0]] * 20)] == [16, 4]
 
 
 @pytest.mark.parametrize(

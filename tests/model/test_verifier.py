@@ -65,10 +65,10 @@ def test_sharing_beginnings_or_not(verifier: Verifier, rows: tuple[list[str], li
     shared = verifier.score_rows(*rows)
     verifier.model.get_base_model().set_attn_implementation("sdpa")
     try:
-        apart = dataclasses.replace(verifier, shared=False).score_rows(*rows)
+        apart = [dataclasses.replace(verifier, way=way).score_rows(*rows) for way in ("padded", "single")]
     finally:
         load.use_paths(verifier.model.get_base_model())
-    assert np.abs(shared - apart).max() < 1e-4
+    assert np.abs(shared - apart).max() < 1e-4  # either way
 
 
 def test_score_of_one_question(verifier: Verifier, rows: tuple[list[str], list[str]]) -> None:
@@ -98,7 +98,7 @@ def test_what_a_solution_says_is_not_obeyed(verifier: Verifier, rows: tuple[list
 def test_the_base_alone(verifier: Verifier, folder: Path, rows: tuple[list[str], list[str]]) -> None:
     base = load.load_base(config.Model(path=adapter.read_about(folder).base, base="fp32", device="cpu"))
     ids, _ = verifier.encoder.rows(*rows)
-    expected = score_ids(base.model, ids, verifier.encoder.frame.answer_ids, base.device, 2048, shared=False)
+    expected = score_ids(base.model, ids, verifier.encoder.frame.answer_ids, base.device, 2048, "single")
     with_adapter = verifier.score_rows(*rows)
     assert np.abs(verifier.without_adapter().score_rows(*rows) - expected).max() < 1e-4
     assert np.abs(with_adapter - expected).max() > 0.01
@@ -191,7 +191,7 @@ def test_a_model_that_cannot_share_rows_says_so_and_scores_all_the_same(tmp_path
     said: list[str] = []
     verifier = Verifier.load(tmp_path / "adapter", device="cpu", warn=said.append)
     assert len(said) == 1
-    assert "one by one, slowly, because it attends over a window of 100 tokens" in said[0]
+    assert "rows do not share their beginnings, which is slower, because it attends over a window of 100" in said[0]
     made = generate(2, solutions_per_question=2, seed=1)
     p = verifier.score_rows([row["question"] for row in made], [row["solution"] for row in made])
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -378,7 +378,7 @@ def test_a_model_that_looks_back_a_little_only_is_trained_row_by_row(data: Path,
         train={"lr": 1e-2, "epochs": 1.5},
     )
     printed = trained(run)[1]
-    assert "rows are computed one by one, slowly, because" in printed
+    assert "rows do not share their beginnings, which is slower, because" in printed
     found = losses(tmp_path / "run")
     assert len(found) == 9
     assert sum(found[-2:]) < sum(found[:2])

@@ -30,7 +30,7 @@ from ..tokens.encode import Ids
 from ..tokens.trie import build
 from . import attention, gguf, hub
 from .narrow import narrow
-from .verdict import label_logits, rowwise_logits
+from .verdict import Way, label_logits, rowwise_logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -48,6 +48,8 @@ class Base:
     """Its NF4 layers, those at least that an adapter was on, are held as bf16; see `precision.hold_unpacked`."""
     checked: dict[int, str | None] = field(default_factory=dict)
     """What `check_paths` has found, by the length of rows."""
+    ways: dict[int, Way] = field(default_factory=dict)
+    """How rows up to a length are computed, by that length."""
     stock: str | None = None
     """The attention that the model had before it."""
     ids: dict[str, Ids] | None = None
@@ -174,42 +176,56 @@ def check_paths(base: Base, max_length: int) -> str | None:
     if base.stock is None:
         base.stock = base.model.config._attn_implementation
     if max_length not in base.checked:
-        base.model.set_attn_implementation(base.stock)
-        base.checked[max_length] = _check_paths(base, max_length)
+        base.checked[max_length], base.ways[max_length] = _check_paths(base, max_length)
     base.model.set_attn_implementation(base.stock if base.checked[max_length] else attention.NAME)
     return base.checked[max_length]
 
 
-def _check_paths(base: Base, max_length: int) -> str | None:
+def slower(base: Base, max_length: int, reason: str) -> str:
+    """What a user is told of a model that paths do not express."""
+    how = {"padded": "rows do not share their beginnings", "single": "rows are computed one by one"}
+    return f"{base.path}: {how[base.ways[max_length]]}, which is slower, because {reason}"
+
+
+def _check_paths(base: Base, max_length: int) -> tuple[str | None, Way]:
+    """Why paths do not express a model, if so, and how its rows are computed."""
     text = base.model.config.get_text_config()
-    reason = _beyond_paths(text, max_length)
-    if reason:
-        return reason
+    turned = _turned_by_longest(text, max_length)
+    reason = turned or _beyond_paths(text, max_length)
     texts = [_tokens(base, part, number) for number, part in enumerate(TEXTS)]
     head, question, *solutions, other, behind = texts
     rows = [np.concatenate((head, question, solution)) for solution in solutions] + [np.concatenate((head, other))]
+    exact = base.precision == "fp32"
+    base.model.set_attn_implementation(base.stock)
     with torch.no_grad():
         stock = rowwise_logits(base.model, rows, base.device)
+        try:
+            beside = rowwise_logits(base.model, rows, base.device, "padded")
+        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError):
+            beside = torch.empty(0)  # its forward takes one row at a time
         with contextlib.suppress(ValueError, ImportError):  # what a family does not offer
             base.model.set_attn_implementation("eager" if base.stock != "eager" else "sdpa")
         again = rowwise_logits(base.model, rows, base.device, after=behind)
+        way: Way = "single" if turned or _differ(stock, again, beside, exact=exact) else "padded"
+        if reason:
+            return reason, way
         try:
             use_paths(base.model)
             with attention.witness() as attended:
                 ours = label_logits(base.model, build(rows), base.device)
-            reason = _differ(stock, again, ours, exact=base.precision == "fp32")
+            reason = _differ(stock, again, ours, exact=exact)
         except (ModelError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             reason, attended = str(error).splitlines()[0], set()
     if reason is None and len(attended) != text.num_hidden_layers:
         reason = f"{len(attended)} of its {text.num_hidden_layers} layers attend through transformers' interface"
-    return reason
+    return reason, way if reason else "paths"
 
 
 TEXTS = (
     "Each solution is read once, from its first line to its last.\n",
     "A shop sells 12 loaves in the morning and twice as many after noon. How many loaves does it sell in all?\n",
     "After noon it sells 2 * 12 = 24 loaves. That makes 12 + 24 = 36.",
-    "Twice 12 is 24, so the answer is 24.",
+    "Twice 12 is 24: the shop sells 24 loaves, so the answer is 24.",
     "What is 7 + 8? Seven and eight make fifteen: 15.",
     "\nIs this solution correct? Answer with one word. The answer is",
 )
@@ -243,6 +259,11 @@ def _beyond_paths(text: Any, max_length: int) -> str | None:
     window = getattr(text, "sliding_window", None)
     if window is not None and getattr(text, "use_sliding_window", True) and window < max_length:
         return f"it attends over a window of {window} tokens, less than prompt.max_length = {max_length}"
+    return None
+
+
+def _turned_by_longest(text: Any, max_length: int) -> str | None:
+    """What a configuration tells of rows that change with those beside them."""
     rotary = getattr(text, "rope_parameters", None) or {}
     for turn in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
         if turn.get("rope_type") in ("dynamic", "longrope"):

@@ -5,8 +5,8 @@ A gather of float32 copies and atomic additions, which torch offers, takes three
 """
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton  # pyright: ignore
+import triton.language as tl  # pyright: ignore
 from torch import Tensor
 
 AT_ONCE = 8
@@ -20,7 +20,7 @@ def sum_paths(gathered: Tensor, order: Tensor, starts: Tensor, like: Tensor) -> 
     width = like[0].numel()
     block = min(triton.next_power_of_2(width), 512)
     grid = len(like), triton.cdiv(width, block)
-    _kernel[grid](gathered, order, starts, total, width, block, AT_ONCE)  # pyright: ignore[reportIndexIssue]
+    _kernel[grid](gathered, order, starts, total, width, block, AT_ONCE)  # pyright: ignore
     return total
 
 

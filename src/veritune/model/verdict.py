@@ -4,7 +4,7 @@ No head runs over the other positions: for a few dozen rows out of thousands of 
 costs almost nothing.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,12 @@ from torch import Tensor
 from ..tokens.trie import Trie
 from .attention import Paths, paths_of
 from .narrow import is_narrow
+
+Way = Literal["paths", "padded", "single"]
+"""How rows are computed: as tries, sharing their beginnings; through the model's own attention beside rows of like
+length; or so, each by itself."""
+MOST_BESIDE = 16
+"""Rows beside each other: each is projected on the vocabulary at the ends of all."""
 
 
 def label_logits(model: Any, trie: Trie, device: torch.device) -> Tensor:
@@ -30,18 +36,37 @@ def logits_of(model: Any, ids: Tensor, positions: Tensor, paths: Paths) -> Tenso
     return out.logits[0].float()
 
 
-def rowwise_logits(model: Any, rows: list[np.ndarray], device: torch.device, after: np.ndarray | None = None) -> Tensor:
-    """The same, row by row through the model's own attention: for models whose attention does more than paths express.
+def rowwise_logits(
+    model: Any, rows: list[np.ndarray], device: torch.device, way: Way = "single", after: np.ndarray | None = None
+) -> Tensor:
+    """The same through the model's own attention: for models whose attention does more than paths express.
 
-    Slow, and exact by construction. Tokens in `after` stand behind each row, where a causal model cannot see them.
+    "single" is slow, and exact by construction. "padded" is exact where `load.check_paths` says so: a causal model does
+    not see what stands behind a row. Tokens in `after` stand behind each row, too.
     """
-    out = []
-    for row in rows:
-        whole = row if after is None else np.concatenate((row, after))
-        ids = torch.from_numpy(whole.astype(np.int64)).to(device)
-        end = torch.tensor([len(row) - 1], device=device)
-        out.append(model(input_ids=ids[None], logits_to_keep=end, use_cache=False).logits[0, -1].float())
-    return torch.stack(out)
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for part in like_lengths(rows) if way == "padded" else [[i] for i in range(len(rows))]:
+        wholes = [rows[i] if after is None else np.concatenate((rows[i], after)) for i in part]
+        ids = np.zeros((len(part), max(map(len, wholes))), dtype=np.int64)
+        for line, whole in zip(ids, wholes, strict=True):
+            line[: len(whole)] = whole
+        ends = torch.tensor([len(rows[i]) - 1 for i in part], device=device)
+        logits = model(input_ids=torch.from_numpy(ids).to(device), logits_to_keep=ends, use_cache=False).logits
+        kept = logits.shape[1] == len(part)  # some families give the logits of all positions
+        for line, i in enumerate(part):
+            found[i] = logits[line, line if kept else len(rows[i]) - 1].float()
+    return torch.stack(found)
+
+
+def like_lengths(rows: list[np.ndarray]) -> list[list[int]]:
+    """The rows' numbers, in batches of which at most a fifth will be padding."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if parts and len(parts[-1]) < MOST_BESIDE and len(rows[i]) <= 1.25 * len(rows[parts[-1][0]]):
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
 
 
 def label_loss(logits: Tensor, labels: Tensor, answer_ids: tuple[int, int]) -> Tensor:

@@ -20,7 +20,7 @@ from ..tokens.prompt import check_answers
 from ..tokens.trie import build, split
 from . import adapter, load
 from .compiled import compile_layers, uncompiled
-from .verdict import label_logits, p_correct, rowwise_logits
+from .verdict import Way, label_logits, p_correct, rowwise_logits
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 COMPILE_AFTER = 60.0
@@ -44,8 +44,8 @@ class Verifier:
     device: torch.device
     identity: str
     """Names all that a score depends on: weights, adapter, precision, prompt."""
-    shared: bool
-    """Rows share their beginnings; False for models whose attention paths cannot express."""
+    way: Way
+    """How rows are computed: along paths, unless the model's attention is more than they express."""
     budget: int
     """Tokens computed at once."""
     precision: str = "bf16"
@@ -82,7 +82,7 @@ class Verifier:
         check_answers(about.frame, loaded.tokenizer)
         reason = load.check_paths(loaded, about.frame.max_length)
         if reason:
-            warn(f"{settings.path}: rows are scored one by one, slowly, because {reason}")
+            warn(load.slower(loaded, about.frame.max_length, reason))
         # An adapter trained on FP8 weights has learnt to live with just their rounding.
         fits = precision == "bf16" or (precision == "fp8" and about.precision != "fp8")
         if merge is None and not (found.type == "cuda" and fits):
@@ -98,7 +98,7 @@ class Verifier:
             encoder=encoder(about.frame, loaded.tokenizer),
             device=loaded.device,
             identity=digest.hexdigest()[:16],
-            shared=reason is None,
+            way=loaded.ways[about.frame.max_length],
             budget=MICRO_BATCH_TOKENS[loaded.device.type],
             precision=precision,
             warn=warn,
@@ -134,12 +134,12 @@ class Verifier:
     ) -> np.ndarray:
         rows, _ = self.encoder.rows(questions, solutions)
         answers = self.encoder.frame.answer_ids
-        return score_ids(self.model, rows, answers, self.device, self.budget, self.shared, progress)
+        return score_ids(self.model, rows, answers, self.device, self.budget, self.way, progress)
 
     def compile(self, questions: Sequence[str], solutions: Sequence[str]) -> None:
         """Compiles the layers on a GPU, once, if these rows' logits then stay what they are: tens of seconds, after
         which scoring is faster."""
-        if self.pace.compiled or self.device.type != "cuda" or not self.shared:
+        if self.pace.compiled or self.device.type != "cuda" or self.way != "paths":
             return
         self.pace.compiled = True
         trie = build(self.encoder.rows(questions, solutions)[0])
@@ -176,7 +176,7 @@ def score_ids(
     answer_ids: tuple[int, int],
     device: torch.device,
     budget: int,
-    shared: bool = True,
+    way: Way = "paths",
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """P(correct) of encoded rows (int32 [length] each), float64 [rows], `budget` tokens at a time."""
@@ -185,7 +185,10 @@ def score_ids(
     with torch.inference_mode():
         for part in split(rows, budget):
             chosen = [rows[i] for i in part]
-            scored = label_logits(model, build(chosen), device) if shared else rowwise_logits(model, chosen, device)
+            if way == "paths":
+                scored = label_logits(model, build(chosen), device)
+            else:
+                scored = rowwise_logits(model, chosen, device, way)
             asked.append((part, *_on_its_way(p_correct(scored, answer_ids))))
             if len(asked) > 1:  # a GPU is at this batch while the last one's scores are read and the next is built
                 _take(*asked.pop(0), out, progress)

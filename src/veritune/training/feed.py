@@ -98,7 +98,7 @@ class Micro:
     """A part of a step that is computed at once."""
 
     rows: list[np.ndarray]  # int32 ids each
-    trie: Trie | None  # None: row by row
+    trie: Trie | None  # None: through the model's own attention
     labels: np.ndarray  # bool [rows]
     budget: int  # tokens of a part, at most
 
@@ -115,7 +115,7 @@ def micro_batches(state: "Training", step: int, budget: int | None = None) -> tu
     micros = []
     for part in split(rows, budget):
         chosen = [rows[i] for i in part]
-        micros.append(Micro(chosen, build(chosen) if state.shared else None, labels[part], budget))
+        micros.append(Micro(chosen, build(chosen) if state.way == "paths" else None, labels[part], budget))
     return step, micros, sum(cut)
 
 

@@ -87,7 +87,7 @@ def _scores(state: "Training", rows: Rows, stop: Session) -> np.ndarray:
     mine, answers, device = [ids[i] for i in share], state.encoder.frame.answer_ids, state.base.device
     try:
         with uncompiled(state.model):
-            scores = score_ids(state.model, mine, answers, device, state.budget, state.shared, progress)
+            scores = score_ids(state.model, mine, answers, device, state.budget, state.way, progress)
     except Stop:
         scores = None
     load.set_training(state.model, recomputed=state.recomputed)

@@ -76,8 +76,8 @@ def planned(state: "Training", room: float | None) -> Planned | None:
         found, _ = state.encoder.rows([table.questions[i] for i in numbers], [table.solutions[i] for i in numbers])
         return [found[i] for i in state.world.share(found)] or found[:1]
 
-    of = fit.mix(steps_of(rows, len(state.plan)), shared=state.shared)
-    lora, compiled = run.lora, run.train.compile and state.shared
+    of = fit.mix(steps_of(rows, len(state.plan)), shared=state.way == "paths")
+    lora, compiled = run.lora, run.train.compile and state.way == "paths"
     held = "bf16" if state.base.unpacked else state.base.precision
     job = Job(held, lora.rank, lora.targets, run.train.optimizer, compiled)
     card = card_of(torch.cuda.get_device_name(state.base.device))

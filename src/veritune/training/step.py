@@ -135,6 +135,6 @@ def micro_loss(state: "Training", micro: Micro) -> Tensor:
     if micro.trie is not None:
         logits = label_logits(state.model, micro.trie, device)
     else:
-        logits = rowwise_logits(state.model, micro.rows, device)
+        logits = rowwise_logits(state.model, micro.rows, device, state.way)
     labels = torch.from_numpy(micro.labels).to(device, non_blocking=True)
     return label_loss(logits, labels, state.encoder.frame.answer_ids)

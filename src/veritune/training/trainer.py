@@ -19,6 +19,7 @@ from ..errors import MissingError
 from ..model import adapter, load
 from ..model.compiled import compile_layers, gradients, plain_layers
 from ..model.graphs import Graphs, launch_bound, own_stream, record
+from ..model.verdict import Way
 from ..model.verifier import MICRO_BATCH_TOKENS
 from ..tokens import prompt
 from ..tokens.encode import Encoder, encoder
@@ -47,7 +48,8 @@ class Training:
     model: Any
     optimizer: torch.optim.Optimizer
     encoder: Encoder
-    shared: bool
+    way: Way
+    """How rows are computed."""
     budget: int
     """Tokens computed at once."""
     about: adapter.About
@@ -310,8 +312,7 @@ def prepare(
         rows_encoder = replace(encoder(words, base.tokenizer), known=base.ids)
         reason = load.check_paths(base, run.prompt.max_length)
     if reason:
-        said = f"{base.path}: rows are computed one by one, slowly, because {reason}"
-        console.print(said, style="yellow", markup=False)
+        console.print(load.slower(base, run.prompt.max_length, reason), style="yellow", markup=False)
     start = run.train.start_from if not begun_from_nothing(run) else None
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -322,7 +323,7 @@ def prepare(
         model=model,
         optimizer=optimizers.make(parameters, run.train),
         encoder=rows_encoder,
-        shared=reason is None,
+        way=base.ways[run.prompt.max_length],
         budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
         about=adapter.About(words, base.path, base.precision, source.fingerprint),
         world=world,
@@ -332,7 +333,7 @@ def prepare(
     room.unpack(state)
     if state.planned and not state.planned.fit.fits:
         console.print(f"memory may not suffice: {state.planned}", style="yellow", markup=False)
-    if run.train.compile and base.device.type == "cuda" and state.shared:
+    if run.train.compile and base.device.type == "cuda" and state.way == "paths":
         with console.status("compiling the layers"):
             speed_up(state, console)
     else:
