@@ -134,11 +134,12 @@ def main() -> None:
     o.graphs = o.graphs and device.type == "cuda"
     rows, labels, questions, answers = workload.read(o.rows)
     started = time.perf_counter()
-    if o.cap:
-        torch.cuda.set_per_process_memory_fraction(o.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     if o.shape == "135m" and not o.model:
         rows = [row % 49152 for row in rows]
     base = load.load_base(config.Model(path=o.model, base=o.base)) if o.model else random_base(o.shape, device, o.base)
+    if o.cap:  # a shape's weights are made in bf16 first
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(o.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     if o.graphs:
         graphs.own_stream(device)
     print("paths:", load.check_paths(base, 2048) or "ok", flush=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from veritune.track import Tracker, last_validation
+from veritune.track import Tracker
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -69,18 +69,6 @@ def test_a_torn_line_between_whole_ones_costs_only_itself(log: Path) -> None:
     log.write_bytes(b"".join([*whole[:3], b'{"step": 2, "lo\n', *whole[3:]]))
     Tracker(log, from_step=99).close()
     assert log.read_bytes() == b"".join(whole)
-
-
-def test_the_last_validation(log: Path) -> None:
-    assert last_validation(log) == {"accuracy": 0.4}
-    Tracker(log, from_step=3).close()
-    assert last_validation(log) == {"accuracy": 0.2}
-
-
-def test_no_validation_is_none(tmp_path: Path) -> None:
-    assert last_validation(tmp_path / "metrics.jsonl") is None
-    Tracker(tmp_path / "metrics.jsonl", from_step=0).close()
-    assert last_validation(tmp_path / "metrics.jsonl") is None
 
 
 def test_every_line_is_strict_json(tmp_path: Path) -> None:

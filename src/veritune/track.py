@@ -49,13 +49,3 @@ def _drop_after(path: Path, step: int) -> None:
         partial.write_bytes(b"".join(kept))
         partial.replace(path)
     os.utime(path, (was.st_atime, was.st_mtime))  # when a session that was killed gave its last sign of life
-
-
-def last_validation(path: Path) -> dict[str, Any] | None:
-    """The figures of the last validation that a metrics.jsonl holds; None if there is none, or no such file."""
-    if not path.exists():
-        return None
-    for line in reversed(path.read_bytes().splitlines(keepends=True)):
-        if b'"validation": ' in line and LINE.fullmatch(line):
-            return json.loads(line)["validation"]
-    return None

@@ -14,7 +14,8 @@ from veritune.model.path_sum import sum_paths
 torch.manual_seed(0)
 for heads, width in ((1, 64), (3, 64), (8, 128)):
     path = torch.cat((torch.zeros(37, dtype=torch.int64), torch.randint(0, 18, (60,))))  # tokens 18 and 19: no entry
-    entries, like = torch.randn(97, heads, width).bfloat16(), torch.empty(20, heads, width)  # its bf16 is cut, not rounded
+    # The interpreter cuts bf16 results instead of rounding them: float32.
+    entries, like = torch.randn(97, heads, width).bfloat16(), torch.empty(20, heads, width)
     found = sum_paths(entries, *uses(path, 20), like)
     exact = torch.zeros(20, heads, width, dtype=torch.float64).index_add_(0, path, entries.double())
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
