@@ -5,7 +5,7 @@
 The pool must come from a sweep without a pruner. For each seed its trials come in another random order; each is given
 to Optuna's own ASHA pruner validation by validation, and costs its seconds up to where it was stopped. Prints, against
 the whole pool: the share of the best validation AUROC that the trial chosen by ASHA (lowest log loss) reaches, and the
-share of the time. Diverged trials cost what they cost in the pool, in both.
+share of the time. Diverged trials cost what they cost in the pool, in both. Needs the extra `sweep`.
 """
 
 import argparse

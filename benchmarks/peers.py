@@ -7,6 +7,7 @@
 Rows come as padded batches of whole rows in veritune's order (8 solutions of a question side by side), each with one
 label token; with `--by-length` in batches of rows of like length, so that little is padding, dealt evenly to the
 windows. Prints a RESULT line: examples/s is the median of three windows after warm-up.
+Needs trl and datasets, and for Unsloth an environment with it.
 """
 
 import argparse

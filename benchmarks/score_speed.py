@@ -7,6 +7,7 @@
 Every engine gets token ids, the solutions of a question side by side, and gives P(correct) from one position a row. The
 adapter is merged for all, so the base alone is what is timed. `peers.py make DIR` writes the 8B shape as a folder, with
 the same weights as `--shape 8b`. Prints a RESULT line: examples/s is the median of three windows after a warm-up.
+vLLM needs an environment of its own.
 """
 
 import argparse

@@ -142,7 +142,9 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(o.cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     if o.graphs:
         graphs.own_stream(device)
-    print("paths:", load.check_paths(base, 2048) or "ok", flush=True)
+    said = lambda what: print(f"{what} after {time.perf_counter() - started:.0f} s", flush=True)  # noqa: E731
+    said("weights made")
+    said(f"paths: {load.check_paths(base, 2048) or 'ok'}")
     model = adapter.add_adapter(base, config.Lora(), seed=0, start_from=o.adapter)
     if o.unpacked:
         precision.hold_unpacked(model)
@@ -186,13 +188,13 @@ def main() -> None:
         trie, y = micros[0][0]
         loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
         problem = compile_layers(model, lambda: gradients(model, loss), precision=o.base)
-        print("compiled:", problem or "ok", flush=True)
+        said(f"compiled: {problem or 'ok'}")
     recorded = None
     if o.graphs:
         trie, y = micros[0][0]
         loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
         recorded, problem = graphs.record(model, device, answers, trie, y.numpy(), loss)
-        print("recorded:", problem or "ok", flush=True)
+        said(f"recorded: {problem or 'ok'}")
     start = time.perf_counter()
     step(micros[0])
     wait(device)

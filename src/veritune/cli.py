@@ -212,7 +212,7 @@ def submit(
         adapter: A run's adapter folder (RUN/best or RUN/adapter).
         test: The test rows.
         out: The csv to write.
-        sample: The competition's sample submission: ids, order and count must agree.
+        sample: The competition's sample submission: its IDs and their count must agree.
         overwrite: Replace OUT if it exists.
     """
     from .quality import submit as submission

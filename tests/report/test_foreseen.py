@@ -42,7 +42,7 @@ def test_memory_and_speed_on_a_card(source_and_run: tuple[feed.Source, config.Ru
     found = foreseen.look(run, source, "h200", None)
     assert isinstance(found, Foreseen)
     assert found.fit.fits
-    assert found.precision == "nf4"
+    assert found.precision == "nf4, held as bf16"
     small = foreseen.look(run, source, "h200", 15)
     assert isinstance(small, Foreseen)
     assert small.fit.peak.total < 15 * GIB

@@ -45,7 +45,7 @@ PROBES = ("trained", "held_out")
 
 
 def report(slices: list[dict[str, Any]], entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The contents of forgetting.json (see docs/training.md) from the metrics' lines that hold `probes`."""
+    """The contents of forgetting.json (see docs/phases.md) from the metrics' lines that hold `probes`."""
     main = [entry for entry in entries if not entry["probes"]["cooldown"]]
     brought = [entry["probes"]["slice"] for entry in main]
     out: dict[str, Any] = {

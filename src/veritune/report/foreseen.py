@@ -55,6 +55,8 @@ def foresee(run: config.Run, source: Source, gpu: str | None, gib: float | None)
     counts = [len(plan.rows(step)) for step in steps]
     mix = fit.mix([reckoned(run, source, plan.rows(step)) for step in steps])
     found = fit.choose(of, job, run.train, mix, room, card)
+    if better := fit.unpacked(found, of, job, run.train, mix):
+        found, precision = better, "nf4, held as bf16"
     return Foreseen(found, precision, of.layers, name, max(counts) / found.seconds)
 
 

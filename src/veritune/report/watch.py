@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..quality.score import say
 from . import folder, table
 from .braille import curve
 from .words import between, number
@@ -69,10 +70,6 @@ def follow(run: folder.RunFolder, console: Console) -> None:
             say(console, line(run, state))
             said_at = time.monotonic()
         time.sleep(PAUSE)
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def line(run: folder.RunFolder, state: str) -> str:

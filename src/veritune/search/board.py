@@ -9,7 +9,6 @@ is there twice.
 import fcntl
 import json
 import logging
-import math
 import os
 import socket
 import threading
@@ -30,6 +29,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from .. import config
 from ..errors import ConfigError, MissingError
+from ..quality.metrics import plain
 from .space import Axis
 
 BEAT = 5.0
@@ -363,13 +363,4 @@ def line(trial: FrozenTrial) -> dict[str, Any]:
         "started": trial.datetime_start and trial.datetime_start.isoformat(timespec="seconds"),
         "finished": trial.datetime_complete and trial.datetime_complete.isoformat(timespec="seconds"),
     }
-    return _finite(values)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return plain(values)

@@ -152,7 +152,7 @@ def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progres
             work(
                 board, run, rows, Desk(), lambda: None, progress.look, alone=True
             )  # alone on the device, or not at all
-        elif all(process.exitcode == STOPPED for process in workers):  # by session.hours, or each by a signal
+        elif all(process.exitcode == STOPPED for process in workers):  # each by a signal
             raise KeyboardInterrupt
         else:
             raise VerituneError(

@@ -3,6 +3,7 @@ again in the backward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -54,14 +55,14 @@ class Fit:
 
 def mix(steps: Sequence[Sequence[np.ndarray]], *, shared: bool = True) -> Mix:
     """Measures some steps' rows (int32 [length] each)."""
-    tries = [build([rows[i] for i in part]) for rows in steps for part in split(rows, MOST_TOKENS)]
     longest = max(len(row) for rows in steps for row in rows)
     if not shared:
         tokens = max(sum(map(len, rows)) for rows in steps)
         return Mix(tokens, longest, entries=1, segments=1 / longest, rows=1 / longest)
-    totals = [sum(build([rows[i] for i in part]).tokens for part in split(rows, MOST_TOKENS)) for rows in steps]
+    parts = [[build([rows[i] for i in part]) for part in split(rows, MOST_TOKENS)] for rows in steps]
+    tries = list(chain.from_iterable(parts))
     return Mix(
-        tokens=max(totals),
+        tokens=max(sum(trie.tokens for trie in part) for part in parts),
         longest=longest,
         entries=max(len(trie.path) / trie.tokens for trie in tries),
         segments=max((len(trie.segments) - 1) / trie.tokens for trie in tries),
@@ -95,6 +96,15 @@ def choose(shape: Shape, job: Job, settings: config.Train, of: Mix, room: float,
     if fitting:
         return min(fitting, key=lambda way: way.seconds)
     return min(ways, key=lambda way: way.peak.total)
+
+
+def unpacked(now: Fit, shape: Shape, job: Job, settings: config.Train, of: Mix) -> Fit | None:
+    """The way for an NF4 base held as bf16, if steps are foreseen to be no slower so than `now`, smaller micro-batches
+    and recomputation included: the same numbers, and no unpacking at every product."""
+    if job.precision != "nf4":
+        return None
+    found = choose(shape, replace(job, precision="bf16"), settings, of, now.room, now.card)
+    return found if found.fits and found.seconds <= now.seconds else None
 
 
 def cheaper(shape: Shape, job: Job, settings: config.Train, of: Mix, now: Fit) -> Fit | None:

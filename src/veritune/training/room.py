@@ -93,19 +93,15 @@ def use(state: "Training", found: Planned | None) -> None:
 
 
 def unpack(state: "Training") -> None:
-    """Holds an NF4 base as bf16 where steps are foreseen to be no slower so, smaller micro-batches and recomputation
-    included: the same numbers, and no unpacking at every product."""
+    """Holds an NF4 base as bf16 where `fit.unpacked` finds that better."""
     was = state.planned
     if state.base.unpacked:  # for an earlier run of this process; this adapter may be on further layers
         hold_unpacked(state.model)
-    if was is None or was.job.precision != "nf4":
-        return
-    job = replace(was.job, precision="bf16")
-    found = fit.choose(was.shape, job, state.run.train, was.mix, was.fit.room, was.fit.card)
-    if found.fits and found.seconds <= was.fit.seconds:
+    found = fit.unpacked(was.fit, was.shape, was.job, state.run.train, was.mix) if was is not None else None
+    if was is not None and found is not None:
         hold_unpacked(state.model)
         state.base.unpacked = True
-        use(state, replace(was, job=job, fit=found))
+        use(state, replace(was, job=replace(was.job, precision="bf16"), fit=found))
 
 
 def replan(state: "Training", **changes: Any) -> None:
