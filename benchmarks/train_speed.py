@@ -193,7 +193,7 @@ def main() -> None:
     if o.graphs:
         trie, y = micros[0][0]
         loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
-        recorded, problem = graphs.record(model, device, answers, trie, y.numpy(), loss)
+        recorded, problem = graphs.record(model, device, answers, trie, y.numpy(), loss, precision=o.base)
         said(f"recorded: {problem or 'ok'}")
     start = time.perf_counter()
     step(micros[0])

@@ -1,5 +1,6 @@
 """Products with NF4 and FP8 bases: the numbers they stand for, in both directions, and what is saved and freed."""
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model_state_dict
@@ -8,6 +9,8 @@ from torch import nn
 
 from veritune import config
 from veritune.model import adapter, load, precision
+from veritune.model.verdict import label_logits
+from veritune.tokens.trie import build
 
 
 def quantised(module: precision.Fp8Linear, grad: torch.Tensor, x: torch.Tensor):
@@ -90,3 +93,15 @@ def test_nf4_held_unpacked_gives_the_same_numbers(nf4):
     for one, other in zip(packed, run(), strict=True):
         assert torch.equal(one, other)
     assert get_peft_model_state_dict(nf4).keys() == names
+
+
+def test_nf4_layers_compile_for_scoring(nf4) -> None:
+    """What `Verifier.compile` does on a GPU; torch's compiler took the adapter apart wrongly for just NF4."""
+    torch._dynamo.reset()
+    rows = [np.arange(5, 5 + n, dtype=np.int32) for n in (9, 14)]
+    load.use_paths(nf4.get_base_model())
+    with torch.inference_mode():
+        plain = label_logits(nf4, build(rows), torch.device("cpu"))
+        for layer in load.layers(nf4)[:-1]:
+            layer.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(label_logits(nf4, build(rows), torch.device("cpu")), plain)

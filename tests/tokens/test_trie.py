@@ -142,6 +142,9 @@ def test_split_gives_each_row_once(rows: Rows, budget: int) -> None:
     parts = split(rows, budget)
     assert sorted(i for part in parts for i in part) == list(range(len(rows)))
     assert all(parts)
+    apart = split(rows, budget, sharing=False)
+    assert sorted(i for part in apart for i in part) == list(range(len(rows)))
+    assert all(len(part) == 1 or sum(len(rows[i]) for i in part) <= budget for part in apart)
 
 
 def excess(rows: Rows, budget: int, slack: int = 0) -> int:

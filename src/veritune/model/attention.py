@@ -11,6 +11,7 @@ model's forward. No mask is registered under that name, so transformers builds n
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -152,15 +153,29 @@ def attend_backward(
         grad.contiguous(), q, k[path], v[path], out, sums, segments, paths, longest_segment, longest_path, 0.0, False,
         seed, unused, scale=scale, window_size_left=-1, window_size_right=0,
     )  # fmt: skip
-    if has_triton():
+    if _kernels_work():
         from .path_sum import sum_paths
 
         return dq, sum_paths(dk, order, starts, k), sum_paths(dv, order, starts, v)
     return dq, _sum_paths(dk, path, k), _sum_paths(dv, path, v)
 
 
+@cache
+def _kernels_work() -> bool:
+    """Whether Triton is there and compiles a kernel, for which it needs a C compiler and Python's headers."""
+    if not has_triton():
+        return False
+    from .path_sum import sum_paths
+
+    one = torch.ones(1, 1, 16, device="cuda")
+    try:
+        return bool((sum_paths(one, *uses(torch.zeros(1, dtype=torch.int64, device="cuda"), 1), one) == 1).all())
+    except Exception:  # whatever a compiler that is not there can raise
+        return False
+
+
 def _sum_paths(gathered: Tensor, path: Tensor, like: Tensor) -> Tensor:
-    """The same where there is no Triton: on Windows."""
+    """The same without Triton."""
     total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     return total.index_add_(0, path, gathered.float()).to(like.dtype)
 

@@ -176,7 +176,10 @@ def check_paths(base: Base, max_length: int) -> str | None:
     if base.stock is None:
         base.stock = base.model.config._attn_implementation
     if max_length not in base.checked:
-        base.checked[max_length], base.ways[max_length] = _check_paths(base, max_length)
+        from .compiled import uncompiled  # which needs `layers`
+
+        with uncompiled(base.model):  # of an earlier run of this process
+            base.checked[max_length], base.ways[max_length] = _check_paths(base, max_length)
     base.model.set_attn_implementation(base.stock if base.checked[max_length] else attention.NAME)
     return base.checked[max_length]
 
@@ -201,6 +204,8 @@ def _check_paths(base: Base, max_length: int) -> tuple[str | None, Way]:
         stock = rowwise_logits(base.model, rows, base.device)
         try:
             beside = rowwise_logits(base.model, rows, base.device, "padded")
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError):
             beside = torch.empty(0)  # its forward takes one row at a time
         with contextlib.suppress(ValueError, ImportError):  # what a family does not offer
@@ -214,6 +219,8 @@ def _check_paths(base: Base, max_length: int) -> tuple[str | None, Way]:
             with attention.witness() as attended:
                 ours = label_logits(base.model, build(rows), base.device)
             reason = _differ(stock, again, ours, exact=exact)
+        except torch.OutOfMemoryError:
+            raise
         except (ModelError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             reason, attended = str(error).splitlines()[0], set()
     if reason is None and len(attended) != text.num_hidden_layers:

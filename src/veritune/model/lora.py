@@ -49,7 +49,10 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     base = layer.base_layer
     parts = frozen_parts(base)
     if parts is not None and (isinstance(dropout, torch.nn.Identity) or not dropout.training):
-        y = _LoraLinear.apply(flat, base.bias, a, b, scaling, parts[0], *parts[1])
+        if torch.is_grad_enabled():
+            y = _LoraLinear.apply(flat, base.bias, a, b, scaling, parts[0], *parts[1])
+        else:  # torch's compiler takes the function's forward apart where nothing needs a gradient, and NF4's wrongly
+            y = plus(parts[0], flat, parts[1], base.bias, (flat @ a.t()) * scaling, b)
     else:  # dropout between the input and A
         y = torch.addmm(base(flat), (dropout(flat) @ a.t()) * scaling, b.t())
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -183,7 +183,7 @@ def score_ids(
     out = np.empty(len(rows))
     asked: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
     with torch.inference_mode():
-        for part in split(rows, budget):
+        for part in split(rows, budget, sharing=way == "paths"):
             chosen = [rows[i] for i in part]
             if way == "paths":
                 scored = label_logits(model, build(chosen), device)

@@ -93,8 +93,9 @@ def build(rows: Sequence[np.ndarray], min_shared: int = MIN_SHARED) -> Trie:
     )
 
 
-def split(rows: Sequence[np.ndarray], budget: int) -> list[list[int]]:
-    """Cuts rows into micro-batches of about equal size, none over `budget` tokens unless one row alone is.
+def split(rows: Sequence[np.ndarray], budget: int, *, sharing: bool = True) -> list[list[int]]:
+    """Cuts rows into micro-batches of about equal size, none over `budget` tokens unless one row alone is. Tokens of a
+    common beginning count once, if rows are `sharing` them.
 
     Row numbers come in trie order, so rows with a common beginning stay together where they can.
     """
@@ -104,7 +105,7 @@ def split(rows: Sequence[np.ndarray], budget: int) -> list[list[int]]:
     fresh = [len(rows[by_ids[0]])]
     for a, b in pairwise(by_ids):
         common = shared(rows[a], rows[b])
-        fresh.append(len(rows[b]) - (common if common >= MIN_SHARED else 0))
+        fresh.append(len(rows[b]) - (common if sharing and common >= MIN_SHARED else 0))
     # One batch more for each budget's worth: each begins again with what its first row shares with the one before.
     count = -(-sum(fresh) // budget)
     target = sum(fresh) / count

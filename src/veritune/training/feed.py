@@ -113,7 +113,7 @@ def micro_batches(state: "Training", step: int, budget: int | None = None) -> tu
     share = state.world.share(rows)
     rows, labels = [rows[i] for i in share], state.train.labels[numbers[share]]
     micros = []
-    for part in split(rows, budget):
+    for part in split(rows, budget, sharing=state.way == "paths"):
         chosen = [rows[i] for i in part]
         micros.append(Micro(chosen, build(chosen) if state.way == "paths" else None, labels[part], budget))
     return step, micros, sum(cut)

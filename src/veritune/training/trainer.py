@@ -352,10 +352,11 @@ def speed_up(state: Training, console: Console) -> None:
     """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
     alone = replace(state, world=distributed.ALONE)
     graphs = state.run.train.cuda_graphs and not state.run.lora.dropout and launch_bound(state.model, state.budget)
+    graphs = graphs and state.base.precision != "fp32"  # its attention asks the GPU for sizes
     if graphs:
         own_stream(state.base.device)
-    # Plain layers, which these are compared with, take more memory: a few rows.
-    _, (few, *_), _ = micro_batches(alone, 0, min(state.budget, room.PROBE_TOKENS))
+    # Plain layers, which these are compared with, take more memory, up to a half: a few rows.
+    _, (few, *_), _ = micro_batches(alone, 0, min(state.budget * 2 // 3, room.PROBE_TOKENS))
     compute = partial(gradients, state.model, partial(micro_loss, state, few))
     problem = compile_layers(state.model, compute, precision=state.base.precision)
     slower = "layers are not compiled"
@@ -365,8 +366,9 @@ def speed_up(state: Training, console: Console) -> None:
         answers, (_, (micro, *_), _) = state.encoder.frame.answer_ids, micro_batches(alone, 0)
         assert micro.trie is not None, "only rows that share a beginning get here"
         state.graphs, problem = record(
-            state.model, state.base.device, answers, micro.trie, micro.labels, lambda: micro_loss(state, micro)
-        )
+            state.model, state.base.device, answers, micro.trie, micro.labels, lambda: micro_loss(state, micro),
+            precision=state.base.precision,
+        )  # fmt: skip
         slower = "steps are not recorded as CUDA graphs"
     if problem:
         console.print(f"{slower}, which is slower: {problem}", style="yellow", markup=False)
