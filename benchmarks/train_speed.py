@@ -87,7 +87,8 @@ def chosen_budget(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace
     steps = [rows[i : i + o.examples] for i in range(0, min(len(rows), 8 * o.examples), o.examples)]
     settings = config.Train(gradient_checkpointing="on" if o.checkpointing else "off")
     shape, of = Shape.of(base.model.config.to_dict()), fit.mix(steps, shared=True)
-    return fit.choose(shape, job, settings, of, o.cap * 2**30, room.card_of(torch.cuda.get_device_name())).budget
+    space = fit.room_of(float("inf"), o.cap)
+    return fit.choose(shape, job, settings, of, space, room.card_of(torch.cuda.get_device_name())).budget
 
 
 def wait(device: torch.device) -> None:

@@ -15,15 +15,13 @@ TOLERANCE = {"fp8": 0.7}
 compiled against plain 8 %; FP8, whose rounding falls otherwise where a compiler keeps more digits in between, was 48 %
 on an 8B shape of random weights. What this is to find, such as the zero gradients of an autograd function that works in
 place under torch 2.11, is 100 % off."""
+MOST_SHAPES = 64
+"""Graphs of the layers' one code, two for each shape of adapter: a sweep's later trials would run plain beyond them."""
 
 
 def tolerance(precision: str) -> float:
     """`TOLERANCE` of a base's precision."""
     return TOLERANCE.get(precision, 0.25)
-
-
-MOST_SHAPES = 64
-"""Graphs of the layers' one code, two for each shape of adapter: a sweep's later trials would run plain beyond them."""
 
 
 def compile_layers(

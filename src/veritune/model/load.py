@@ -194,39 +194,49 @@ def _check_paths(base: Base, max_length: int) -> tuple[str | None, Way]:
     """Why paths do not express a model, if so, and how its rows are computed."""
     text = base.model.config.get_text_config()
     turned = _turned_by_longest(text, max_length)
-    reason = turned or _beyond_paths(text, max_length)
-    texts = [_tokens(base, part, number) for number, part in enumerate(TEXTS)]
-    head, question, *solutions, other, behind = texts
+    if turned:
+        return turned, "single"
+    reason = _beyond_paths(text, max_length)
+    head, question, *solutions, other, behind = (_tokens(base, part, number) for number, part in enumerate(TEXTS))
     rows = [np.concatenate((head, question, solution)) for solution in solutions] + [np.concatenate((head, other))]
-    exact = base.precision == "fp32"
     base.model.set_attn_implementation(base.stock)
     with torch.no_grad():
         stock = rowwise_logits(base.model, rows, base.device)
+        with contextlib.suppress(ValueError, ImportError):  # what a family does not offer
+            base.model.set_attn_implementation("eager" if base.stock != "eager" else "sdpa")
+        again = rowwise_logits(base.model, rows, base.device, after=behind)
+        reason = reason or _off_paths(base, rows, stock, again)
+        if reason is None:
+            return None, "paths"
+        base.model.set_attn_implementation(base.stock)
         try:
             beside = rowwise_logits(base.model, rows, base.device, "padded")
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError):
-            beside = torch.empty(0)  # its forward takes one row at a time
-        with contextlib.suppress(ValueError, ImportError):  # what a family does not offer
-            base.model.set_attn_implementation("eager" if base.stock != "eager" else "sdpa")
-        again = rowwise_logits(base.model, rows, base.device, after=behind)
-        way: Way = "single" if turned or _differ(stock, again, beside, exact=exact) else "padded"
-        if reason:
-            return reason, way
-        try:
-            use_paths(base.model)
-            with attention.witness() as attended:
-                ours = label_logits(base.model, build(rows), base.device)
-            reason = _differ(stock, again, ours, exact=exact)
-        except torch.OutOfMemoryError:
-            raise
-        except (ModelError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
-            reason, attended = str(error).splitlines()[0], set()
-    if reason is None and len(attended) != text.num_hidden_layers:
-        reason = f"{len(attended)} of its {text.num_hidden_layers} layers attend through transformers' interface"
-    return reason, way if reason else "paths"
+        except UNFIT:  # its forward takes one row at a time
+            return reason, "single"
+    exact = base.precision == "fp32"
+    return reason, "single" if _differ(stock, again, beside, exact=exact) else "padded"
 
+
+def _off_paths(base: Base, rows: list[np.ndarray], stock: Tensor, again: Tensor) -> str | None:
+    """Switches to path attention; why it does not give what the model gives row by row, if so."""
+    try:
+        use_paths(base.model)
+        with attention.witness() as attended:
+            ours = label_logits(base.model, build(rows), base.device)
+    except torch.OutOfMemoryError:
+        raise
+    except UNFIT as error:
+        return str(error).splitlines()[0]
+    count = base.model.config.get_text_config().num_hidden_layers
+    missing = f"{len(attended)} of its {count} layers attend through transformers' interface"
+    reason = _differ(stock, again, ours, exact=base.precision == "fp32")
+    return reason or (missing if len(attended) != count else None)
+
+
+UNFIT = (ModelError, TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError)
+"""What a model may raise that does not compute rows in some way; running out of memory, a RuntimeError too, is none."""
 
 TEXTS = (
     "Each solution is read once, from its first line to its last.\n",
