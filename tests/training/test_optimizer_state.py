@@ -9,13 +9,14 @@ import torch
 
 from veritune.errors import CheckpointError
 from veritune.training import checkpoint
+from veritune.training import optimizer as ours
 from veritune.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 KINDS = {
     "adamw_torch": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.01),
-    "adamw_8bit": lambda groups: bnb.optim.AdamW8bit(groups, lr=1e-2, weight_decay=0.01),
-    "paged_adamw_32bit": lambda groups: bnb.optim.PagedAdamW32bit(groups, lr=1e-2, weight_decay=0.01),
-    "lion_8bit": lambda groups: bnb.optim.Lion8bit(groups, lr=1e-3, weight_decay=0.01),
+    "adamw_8bit": lambda groups: ours.AdamW8bit(groups, lr=1e-2, weight_decay=0.01),
+    "paged_adamw_32bit": lambda groups: ours.PagedAdamW32bit(groups, lr=1e-2, weight_decay=0.01),
+    "lion_8bit": lambda groups: ours.Lion8bit(groups, lr=1e-3, weight_decay=0.01),
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -88,6 +89,20 @@ def test_training_goes_on_bit_for_bit(tmp_path, kind, dtype, device):
     assert frozen(*forgotten) != want, "without its state the optimiser would have gone elsewhere"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW32bit", "Lion8bit"])
+def test_one_wait_a_step_changes_no_bit_of_what_bitsandbytes_computes(name, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    both = []
+    for kind in (getattr(ours, name), getattr(bnb.optim, name)):
+        params, _ = start("adamw_torch", device=device)
+        optimizer = kind([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}], lr=1e-2)
+        train(params, optimizer, range(4))
+        both.append(frozen(params, optimizer))
+    assert both[0] == both[1]
+
+
 @pytest.mark.parametrize("kind", ["adamw_8bit", "lion_8bit"])
 def test_eight_bit_state_is_quantised_and_its_map_written_once(tmp_path, kind):
     params, optimizer = start(kind)
@@ -127,10 +142,10 @@ def test_state_of_another_optimiser_or_another_adapter_is_refused(tmp_path):
     tensors, state = optimizer_tensors(optimizer)
     with pytest.raises(CheckpointError, match=r"AdamW8bit over 4 parameters.*Lion8bit over 4"):
         restore_optimizer(start("lion_8bit")[1], tensors, state)
-    other = bnb.optim.AdamW8bit([torch.nn.Parameter(torch.zeros(5000)) for _ in range(4)])
+    other = ours.AdamW8bit([torch.nn.Parameter(torch.zeros(5000)) for _ in range(4)])
     with pytest.raises(CheckpointError, match="over 4 parameters"):
         restore_optimizer(other, tensors, {**state, "sizes": [2, 2]})
-    other = bnb.optim.AdamW8bit(
+    other = ours.AdamW8bit(
         [{"params": [torch.nn.Parameter(torch.zeros(5000)) for _ in range(2)]} for _ in range(2)]
     )
     with pytest.raises(CheckpointError, match=r"0\.state1 has shape \[96, 64\], its parameter \[5000\]"):
