@@ -1,5 +1,7 @@
 """On a CUDA GPU: the flash path, compiled and not, against stock transformers + PEFT row by row, in bf16."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,15 @@ from veritune.tokens.trie import build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ANSWERS = (3, 4)
+
+
+@pytest.fixture(autouse=True)
+def _stream() -> Iterator[None]:
+    """Recording leaves the thread on a stream of its own, and what the next test compares may run on another."""
+    before = torch.cuda.current_stream()
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(before)
 
 
 def make(heads: int, key_heads: int) -> load.Base:

@@ -56,7 +56,11 @@ def own_stream(device: torch.device) -> None:
 
 @contextmanager
 def default_stream(device: torch.device) -> Iterator[None]:
-    """The GPU's default stream inside the block, for libraries that use no other: bitsandbytes' optimisers."""
+    """The GPU's default stream inside the block, for libraries that use no other: bitsandbytes' optimisers. A thread
+    that has recorded passes once, an earlier trial's say, is on its own stream ever after."""
+    if device.type != "cuda":
+        yield
+        return
     own, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
     default.wait_stream(own)
     with torch.cuda.stream(default):

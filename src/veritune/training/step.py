@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,7 +84,7 @@ def update(state: "Training", at: At, step: int, loss: float, norm: float) -> bo
         for group in state.optimizer.param_groups:
             group["lr"] = state.plan.lr(step)
         try:
-            with default_stream(state.base.device) if state.graphs is not None else nullcontext():
+            with default_stream(state.base.device):
                 state.optimizer.step()
         except torch.OutOfMemoryError as error:  # some weights may have changed: the step cannot be done again
             raise RoomError(
