@@ -18,9 +18,9 @@ def sum_paths(gathered: Tensor, order: Tensor, starts: Tensor, like: Tensor) -> 
     entries, `order[starts[t] : starts[t + 1]]`."""
     total = torch.empty_like(like, memory_format=torch.contiguous_format)
     width = like[0].numel()
-    block = min(triton.next_power_of_2(width), 512)
+    block = min(triton.next_power_of_2(width), 256)
     grid = len(like), triton.cdiv(width, block)
-    _kernel[grid](gathered, order, starts, total, width, block, AT_ONCE)  # pyright: ignore
+    _kernel[grid](gathered, order, starts, total, width, block, AT_ONCE, num_warps=1)  # pyright: ignore
     return total
 
 
