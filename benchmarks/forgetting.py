@@ -5,16 +5,17 @@
 
 Trains each strategy with each seed on the same slices, evaluates each adapter on `validation.jsonl.gz` and
 `unseen_solvers.jsonl.gz`, and writes one line a run to OUT/results.jsonl; what is there is not run again, and a run
-that was stopped goes on. The deciding comparisons come first. `--at-once` processes share the device, each loads the
-base and compiles its layers once. `=cumulative` strategies get as many row presentations as cumulative. Tables at the
-end: means over seeds, and paired tests against sequential and cumulative (bootstrap over questions, all seeds of a
-question together). A run's seconds are those of its steps while it shares the device.
+that was stopped goes on. The deciding comparisons come first. `--at-once` processes share the device, or the `--gpus`
+devices, each loads the base and compiles its layers once. `=cumulative` strategies get as many row presentations as
+cumulative. Tables at the end: means over seeds, and paired tests against sequential and cumulative (bootstrap over
+questions, all seeds of a question together). A run's seconds are those of its steps while it shares the device.
 """
 
 import argparse
 import gc
 import json
 import multiprocessing
+import os
 import queue
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def run_of(o: argparse.Namespace, name: str, strategy: str, seed: int, sizes: li
             "per_question": o.per_question,
             "seed": seed,
             "compile": not o.no_compile,
+            # Three processes keep a GPU busy without recorded passes, which cost seconds and padding.
+            "cuda_graphs": o.at_once < 3 * o.gpus,
         },
         "strategy": slices,
         "validation": {"every": 10**9, "rows": o.validation_rows},
@@ -107,6 +110,8 @@ def held_out(o: argparse.Namespace, file: str) -> tuple[Any, np.ndarray]:
 
 def work(o: argparse.Namespace, sizes: list[int], jobs: Any, results: Any, number: int) -> None:
     """One process: loads the base once and trains one job after another."""
+    if o.gpus > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % o.gpus)
     from rich.console import Console
 
     from veritune import config
@@ -308,6 +313,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--strategies", nargs="+", default=[*DECIDING, *FURTHER])
     parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="start no run after so many seconds")
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--rank", type=int, default=16)

@@ -163,11 +163,15 @@ def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progres
 
 def shared_out(run: config.Run, workers: int) -> config.Run:
     """The run with its part of the GPU's free memory, unless `train.memory_gib` says how much a trial may take: each
-    worker would plan with all of it."""
-    if run.train.memory_gib is not None or load.pick_device(run.model.device).type == "cpu":
+    worker would plan with all of it. From three workers on without recorded passes: so many keep a GPU busy, and every
+    trial would record each of its sizes for half a second."""
+    if load.pick_device(run.model.device).type == "cpu":
         return run
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    return replace(run, train=replace(run.train, memory_gib=max(1.0, 0.95 * free / workers)))
+    train = replace(run.train, cuda_graphs=run.train.cuda_graphs and workers < 3)
+    if train.memory_gib is None:
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        train = replace(train, memory_gib=max(1.0, 0.95 * free / workers))
+    return replace(run, train=train)
 
 
 def one_or_more(board: Board) -> int:
