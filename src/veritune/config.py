@@ -353,14 +353,14 @@ def _explain(cls: Any, item: Any) -> str:
     return f"{key} = {item['input']!r}: {item['msg'].lower()}"
 
 
-def read_run(path: Path) -> Run:
-    """Reads a run file."""
-    return read_sweep(path)[0]
+def read_run(path: Path, out: str | None = None) -> Run:
+    """Reads a run file. out: the run's folder where the file names none, since a flag does."""
+    return read_sweep(path, out)[0]
 
 
-def read_sweep(path: Path) -> tuple[Run, Sweep, dict[str, Any]]:
+def read_sweep(path: Path, out: str | None = None) -> tuple[Run, Sweep, dict[str, Any]]:
     """Reads a run file: the run, how to search around it, and the content of its `[sweep.space]`, unchecked."""
-    values = read_toml(path)
+    values = {**({} if out is None else {"out": out}), **read_toml(path)}
     searched = values.pop("sweep", {})
     space = searched.pop("space", {}) if isinstance(searched, dict) else {}
     run = build(Run, values, str(path))

@@ -53,10 +53,19 @@ def check(args: Sequence[str], known: Sequence[str], prog: str) -> None:
 def run_file(verb: str, args: Sequence[str]) -> tuple[config.Run | None, Sequence[str]]:
     """The run file that a command line begins with, read, and the flags after it. Raises the kinds in `errors`."""
     if args and not args[0].startswith("-"):
-        return config.read_run(Path(args[0])), args[1:]
+        return config.read_run(Path(args[0]), out_of(args)), args[1:]
     if not {arg.partition("=")[0] for arg in args} & {"--out", *HELP}:
         raise needs_run_file(verb, "; or --out and the other settings as flags")
     return None, args
+
+
+def out_of(args: Sequence[str]) -> str | None:
+    """The folder that `--out` names, if it does."""
+    for at, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == "--out":
+            return value if equals else next(iter(args[at + 1 :]), None)
+    return None
 
 
 def several(args: Sequence[str]) -> tuple[int, list[str]]:

@@ -43,23 +43,6 @@ def test_what_cannot_be_a_source(tmp_path):
         find_files([str(tmp_path / "none.csv")], print)
     with pytest.raises(DataError, match="no source"):
         find_files([], print)
-    for name in ("hf://datasets/x", "hf://models/a/b", "hf://datasets/a/b/rows.csv"):
-        with pytest.raises(DataError, match=r"hf://|parquet"):
-            find_files([name], print)
-
-
-def test_a_hub_dataset_that_cannot_be_reached_says_so(monkeypatch):
-    (source,) = find_files(["hf://datasets/nobody/nothing"], print)
-    assert source.name == "hf://datasets/nobody/nothing@~parquet/default/train/*.parquet"
-    (pinned,) = find_files(["hf://datasets/nobody/nothing@main"], print)
-    assert pinned.name == "hf://datasets/nobody/nothing@main/**/*.parquet"
-    monkeypatch.setattr(pl, "read_parquet", _offline)
-    with pytest.raises(DataError, match=r"cannot be read from the hub.*Offline"):
-        list(read_chunks(source, Columns(), 10**6, print, print))
-
-
-def _offline(name):
-    raise pl.exceptions.ComputeError("error sending request")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.parquet"])

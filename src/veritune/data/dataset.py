@@ -142,10 +142,8 @@ def _read(sources: list[Source], settings: Prepare, rejected: IO[str], tick: Cal
             refused_count += len(refused)
             read.frames.append(clean.identify(usable).with_columns(pl.lit(number, pl.UInt32).alias("file")))
         before += source.bytes
-        digest = file_hash(source.path) if source.path else None
-        read.sources.append(
-            {"name": source.name, "bytes": source.bytes, "sha256": digest, "rows": count, "refused": refused_count}
-        )
+        about = {"name": source.name, "bytes": source.bytes, "sha256": file_hash(source.path)}
+        read.sources.append(about | {"rows": count, "refused": refused_count})
     return read
 
 

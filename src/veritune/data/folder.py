@@ -30,7 +30,7 @@ def check_place(out: Path, sources: list[Source]) -> None:
     if out.is_dir() and any(out.iterdir()) and not _is_prepared(out):
         raise ConfigError(f"--out {out}: this folder holds other things; name a new one, or empty it yourself")
     for source in sources:
-        if source.path and source.path.resolve().is_relative_to(out.resolve()):
+        if source.path.resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"--out {out}: the source {source.name} is in it and would be lost; name another folder")
 
 

@@ -13,6 +13,7 @@ import polars as pl
 
 from ..config import Columns
 from ..errors import DataError, MissingError, VerituneError
+from . import hub
 from .chunks import Chunk, Note, Tick, csv_chunks, json_chunks, table_chunks
 from .tables import read_csv_table, read_json_table
 
@@ -25,15 +26,14 @@ KINDS = {
     ".csv.gz": "csv",
     ".parquet": "parquet",
 }
-HUB = "hf://"
 MANIFEST = "manifest.json"
 
 
 class Source(NamedTuple):
-    """A file to read rows from. `name` is what the user sees; `path` is None for a dataset on the hub."""
+    """A file to read rows from. `name` is what the user sees."""
 
     name: str
-    path: Path | None
+    path: Path
     bytes: int
 
 
@@ -45,11 +45,9 @@ def find_files(named: list[str], note: Note) -> list[Source]:
     """
     found: dict[str, Source] = {}
     for name in named:
-        if name.startswith(HUB):
-            path = _hub_path(name)
-            if path != name:
-                note(f"{name}: reading {path}")
-            found[path] = Source(path, None, 0)
+        if name.startswith(hub.SCHEME):
+            for shown, file in hub.files(name, tuple(KINDS), note):
+                found[shown] = Source(shown, file, file.stat().st_size)
             continue
         place = Path(name)
         if not place.exists():
@@ -74,9 +72,7 @@ def read_chunks(source: Source, wanted: Columns, limit: int, note: Note, tick: T
     """
     rows = 0
     try:
-        if source.path is None:
-            chunks = table_chunks(_read_hub(source.name), source.name, wanted, note)
-        elif kind_of(source.path) == "parquet":
+        if kind_of(source.path) == "parquet":
             chunks = table_chunks(pl.read_parquet(source.path, glob=False), source.name, wanted, note)
         elif kind_of(source.path) == "csv":
             chunks = csv_chunks(source.path, wanted, limit, note, tick)
@@ -142,30 +138,6 @@ def _files_in(folder: Path, note: Note) -> list[Path]:
         shown = ", ".join(path.name for path in others[:3]) + (", …" if len(others) > 3 else "")
         note(f"{folder}: {len(others)} other files left alone ({shown})")
     return files
-
-
-def _hub_path(name: str) -> str:
-    """The parquet files that an hf:// name stands for. A bare `hf://datasets/USER/NAME` means the train split of the
-    parquet conversion that the hub keeps of every dataset; with `@REVISION`, all parquet files of that revision."""
-    parts = name.removeprefix(HUB).strip("/").split("/")
-    if parts[0] != "datasets" or len(parts) < 3:
-        raise DataError(f"{name}: a hub dataset is named hf://datasets/USER/NAME, or with a path to its parquet files")
-    if len(parts) == 3:
-        whole = "/**/*.parquet" if "@" in parts[2] else "@~parquet/default/train/*.parquet"
-        return HUB + "/".join(parts) + whole
-    if not name.endswith(".parquet"):
-        raise DataError(f"{name}: only parquet files are read from the hub; end the path in /*.parquet")
-    return name
-
-
-def _read_hub(name: str) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(name)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(
-            f"{name}: cannot be read from the hub: {error}. Offline? Is the name right, and the set not private? "
-            "Or download its files and name those"
-        ) from None
 
 
 def _unreadable(name: str, error: Exception) -> Exception:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .. import config
 from ..errors import ConfigError, PeerError
-from ..flags import needs_run_file, parse
+from ..flags import needs_run_file, out_of, parse
 from ..redact import redact
 
 
@@ -28,7 +28,7 @@ def sweep(args: Sequence[str], console: Console) -> None:
     file, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     if file is None and not {"-h", "--help"} & set(flags):
         raise needs_run_file("sweep")
-    run, searched, space = config.read_sweep(Path(file)) if file else (None, None, {})
+    run, searched, space = config.read_sweep(Path(file), out_of(flags)) if file else (None, None, {})
     chosen = parse(
         Search,
         flags,
