@@ -16,7 +16,7 @@ compiled against plain 8 %; FP8, whose rounding falls otherwise where a compiler
 on an 8B shape of random weights. What this is to find, such as the zero gradients of an autograd function that works in
 place under torch 2.11, is 100 % off."""
 MOST_SHAPES = 64
-"""Graphs of the layers' one code, two for each shape of adapter: a sweep's later trials would run plain beyond them."""
+"""Graphs of the layers' one code, one for each shape of adapter: a sweep's later trials would run plain beyond them."""
 
 
 def tolerance(precision: str) -> float:
@@ -40,6 +40,7 @@ def compile_layers(
         return None
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     plain = compute()
+    _take_gradients(model.get_input_embeddings())
     for layer in alike:
         layer.compile(dynamic=True)
     try:
@@ -55,6 +56,18 @@ def compile_layers(
         reason = f"compiled layers give {what} that are off by {off:.0%}"
     plain_layers(model)
     return reason
+
+
+def _take_gradients(embeddings: torch.nn.Module) -> None:
+    """Lets what a model's frozen embeddings give take part in gradients: the first layer is then the same code as the
+    others, which halves the compiling, for a product more of each of its q, k and v, 0.2 % of a step."""
+
+    def hook(module: torch.nn.Module, inputs: Any, out: Tensor) -> None:
+        if torch.is_grad_enabled() and not out.requires_grad:
+            out.requires_grad_()
+
+    if not embeddings._forward_hooks:
+        embeddings.register_forward_hook(hook)
 
 
 def plain_layers(model: Any) -> None:
