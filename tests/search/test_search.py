@@ -109,10 +109,26 @@ def test_a_trial_is_the_run_that_train_makes_of_its_settings(
     assert lines[0] == lines[1]
 
 
-def test_a_trial_keeps_no_replica_and_no_limit_in_hours(tmp_path: Path) -> None:
+def test_a_trial_keeps_no_replica(tmp_path: Path) -> None:
     values = {"out": "o", "checkpoint": {"replica": "/drive/run"}, "session": {"hours": 12}}
     trial = settings_of(config.build(config.Run, values, "test"), config.Sweep(), {}, 48, tmp_path / "0000")
-    assert (trial.checkpoint.replica, trial.session.hours) == (None, None)
+    assert (trial.checkpoint.replica, trial.session.hours) == (None, 12)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
+    whole: tuple[list[dict[str, Any]], str, Path], data: Path, tiny_folder: Path, tmp_path: Path, at_once: int
+) -> None:
+    values = run_values(tmp_path / "run", data, tiny_folder)
+    short = config.build(config.Run, {**values, "session": {"hours": 1e-4}}, "test")
+    chosen = config.build(config.Sweep, {"trials": 3, "rows": 48, "validations": 3, "at_once": at_once}, "test")
+    printed = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):  # the hours count from the start of each process
+        search.sweep(short, chosen, SPACE, Console(file=printed, width=200))
+    assert "given back; the same command goes on" in printed.getvalue()
+    found, _, _ = swept(values)
+    keys = ("params", "log_loss", "auroc", "state")
+    assert [[trial[key] for key in keys] for trial in found] == [[trial[key] for key in keys] for trial in whole[0]]
 
 
 def test_the_model_is_loaded_once_and_the_same_command_goes_on(

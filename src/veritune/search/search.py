@@ -43,7 +43,8 @@ def sweep(
     """Searches around a run's settings, or goes on with that, and returns the best trial's line of trials.jsonl.
 
     declared: the content of `[sweep.space]`. worker: join a sweep that is there, and leave its results to whoever
-    started it. Raises the kinds in `errors` before anything starts if something cannot be right.
+    started it. Raises the kinds in `errors` before anything starts if something cannot be right, and KeyboardInterrupt
+    once a signal or `session.hours` has ended it.
     """
     axes = space.read(declared, run, where)
     data = dataset.load(Path(run.data.path))
@@ -65,6 +66,9 @@ def sweep(
         best = result.best_of(trials)
         if not worker:
             result.show(board, trials, console)
+    except KeyboardInterrupt:
+        console.print("stopped: trials under way are saved and given back; the same command goes on", highlight=False)
+        raise
     finally:
         board.close()
     said = (

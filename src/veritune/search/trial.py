@@ -138,7 +138,7 @@ def settings_of(run: config.Run, settings: config.Sweep, params: dict[str, Any],
     shown = max(round(chosen["epochs"] * rows), 1)
     steps = -(-shown // (chosen["batch_size"] * chosen["gradient_accumulation"]))
     values["phases"], values["strategy"] = (), config.as_dict(config.Strategy())  # a trial is one plain phase
-    values["checkpoint"]["replica"] = values["session"]["hours"] = None  # they are of the run, not of every trial
+    values["checkpoint"]["replica"] = None  # it is of the run, not of every trial
     values["out"], values["data"]["rows"] = str(out), rows
     values["validation"]["every"] = -(-steps // settings.validations)
     values["track"]["group"] = values["track"]["group"] or out.parent.parent.name
