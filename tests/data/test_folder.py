@@ -126,6 +126,21 @@ def test_a_process_that_dies_while_writing_leaves_the_old_folder(tmp_path):
     (left,) = [path for path in tmp_path.iterdir() if path != out]
     with pytest.raises(DataError, match="no manifest"):
         folder.read_manifest(left)
+    make(out, "second")
+    assert list(tmp_path.iterdir()) == [out], "the next one clears away what the dead one left"
+
+
+def test_a_process_that_dies_in_the_swap_loses_nothing(tmp_path):
+    out = tmp_path / "prepared"
+    make(out, "first")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    out.rename(tmp_path / f".prepared.{dead.pid}.old")
+    (tmp_path / ".prepared.more.old").mkdir()  # not ours
+    with pytest.raises(DataError, match="cannot be written"):
+        vanish(out)
+    assert folder.read_manifest(out)["fingerprint"] == "first"
+    assert (tmp_path / ".prepared.more.old").is_dir()
 
 
 def test_a_failed_swap_puts_the_old_folder_back(tmp_path):

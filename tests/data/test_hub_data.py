@@ -58,10 +58,12 @@ def test_a_bare_name_is_the_train_split_of_the_conversion(hub: list[str]) -> Non
     notes: list[str] = []
     found = read("hf://datasets/me/converted", notes.append)
     assert found == {
-        "hf://datasets/me/converted@refs/convert/parquet/main/train/0000.parquet": 3,
-        "hf://datasets/me/converted@refs/convert/parquet/main/train/0001.parquet": 2,
+        "hf://datasets/me/converted@~parquet/main/train/0000.parquet": 3,
+        "hf://datasets/me/converted@~parquet/main/train/0001.parquet": 2,
     }
     assert any("main/train/*.parquet" in note for note in notes)
+    for name, count in found.items():  # as a report's "how to reproduce" gives it
+        assert read(name) == {name: count}
 
 
 def test_files_folders_patterns_and_revisions(hub: list[str]) -> None:

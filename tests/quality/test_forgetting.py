@@ -27,6 +27,12 @@ def test_passes_that_repeat_a_slice() -> None:
     assert backward_transfer([[0.5, 0.1], [0.4, 0.6], [0.9, 0.5], [0.8, 0.9]], [0, 1, 0, 1]) == pytest.approx(0.3)
 
 
+def test_a_slice_without_a_probe_is_left_out() -> None:
+    without = [[0.8, None, 0.5], [0.7, None, 0.5], [0.6, None, 0.9]]
+    assert average_forgetting(without, [0, 1, 2]) == pytest.approx(0.2)
+    assert backward_transfer(without, [0, 1, 2]) == pytest.approx(-0.2)
+
+
 def test_one_phase_forgets_nothing() -> None:
     assert average_forgetting([[0.5, 0.5]], [0]) is None
     assert backward_transfer([[0.5, 0.5]], [0]) is None

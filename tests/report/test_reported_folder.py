@@ -152,10 +152,10 @@ def test_runs_are_found_and_what_is_in_them_is_not(finished: Path, tmp_path: Pat
         (tmp_path / place / "run.json").write_text("{}")
     assert folder.find(tmp_path) == [tmp_path / "a/deep/run", tmp_path / "b"]
     assert folder.find(finished) == [finished]
-    for step in ("step-00000008", "step-00000009"):
+    for step in ("step-00000008", "step-00000009", "step-00000009.1"):
         (tmp_path / "drive" / step / "run").mkdir(parents=True)
         (tmp_path / "drive" / step / "run" / "run.json").write_text("{}")
-    assert folder.find(tmp_path / "drive") == [tmp_path / "drive/step-00000009/run"]
+    assert folder.find(tmp_path / "drive") == [tmp_path / "drive/step-00000009.1/run"]
     with pytest.raises(MissingError, match="no such folder"):
         folder.find(tmp_path / "none")
 

@@ -3,6 +3,7 @@
 `manifest.json` is written last and holds the hash of every other file; `check` compares them.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ def replacing(out: Path) -> Iterator[Path]:
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
     old = temporary.with_suffix(".old")
     try:
+        _settle(out)
         temporary.mkdir(parents=True)
         yield temporary
         for path in temporary.iterdir():
@@ -95,6 +97,28 @@ def _is_prepared(folder: Path) -> bool:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _settle(out: Path) -> None:
+    """Puts right what killed processes left beside `out`: what is unfinished goes, the only dataset there is stays."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        name, _, kind = left.name.removeprefix(f".{out.name}.").partition(".")
+        if kind not in ("partial", "old") or not name.isdecimal() or _alive(int(name)):
+            continue
+        if kind == "old" and not out.exists():
+            left.rename(out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:

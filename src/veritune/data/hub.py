@@ -7,7 +7,7 @@ train split of the parquet conversion that the hub keeps of most datasets; `@~pa
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import httpx
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -46,7 +46,7 @@ def files(name: str, kinds: tuple[str, ...], note: Callable[[str], None]) -> lis
             path = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=there is None)
         except (OSError, httpx.HTTPError) as error:  # the hub's own errors are OSErrors
             raise DataError(f"{name}: {file} cannot be downloaded: {_first_line(error)}") from None
-        out.append((f"{SCHEME}datasets/{repo}{'@' + revision if revision else ''}/{file}", Path(path)))
+        out.append((f"{SCHEME}datasets/{repo}{_at(revision)}/{file}", Path(path)))
     return out
 
 
@@ -63,6 +63,11 @@ def _parts(name: str) -> tuple[str, str | None, str]:
     if kind != "datasets" or not user or not repo:
         raise DataError(f"{name}: a hub dataset is named hf://datasets/USER/NAME, then @REVISION or a path in it")
     return f"{user}/{repo}", revision or None, "/".join(parts[2:])
+
+
+def _at(revision: str | None) -> str:
+    """A revision as it stands in a name."""
+    return "@~parquet" if revision == CONVERTED else f"@{quote(revision, safe='')}" if revision else ""
 
 
 def _listed(name: str, repo: str, revision: str | None, note: Callable[[str], None]) -> Iterable[str] | None:

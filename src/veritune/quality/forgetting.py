@@ -16,24 +16,24 @@ def average_forgetting(a: Matrix, brought: Brought) -> float | None:
     """How far accuracy has fallen from its best: the mean over the slices learnt before the last phase of
     max_l a[l][j] - a[last][j], l from the phase that brought j to the one before the last (Chaudhry et al. 2018,
     section 3). Negative where it rose. None with no slice before the last phase."""
-    falls = [max(row[j] for row in a[first:-1]) - a[-1][j] for j, first in _learnt(brought)]
+    falls = [max(row[j] for row in a[first:-1]) - a[-1][j] for j, first in _learnt(a, brought)]
     return sum(falls) / len(falls) if falls else None
 
 
 def backward_transfer(a: Matrix, brought: Brought) -> float | None:
     """What later phases did to earlier slices: the mean of a[last][j] - a[first][j], `first` the phase that brought j
     (Lopez-Paz & Ranzato 2017, section 2). Negative is forgetting. None with no slice before the last phase."""
-    changes = [a[-1][j] - a[first][j] for j, first in _learnt(brought)]
+    changes = [a[-1][j] - a[first][j] for j, first in _learnt(a, brought)]
     return sum(changes) / len(changes) if changes else None
 
 
-def _learnt(brought: Brought) -> list[tuple[int, int]]:
-    """The slices that a phase before the last brought, each with the first such phase."""
+def _learnt(a: Matrix, brought: Brought) -> list[tuple[int, int]]:
+    """The slices that a phase before the last brought and that have a probe, each with the first such phase."""
     first: dict[int, int] = {}
     for phase, j in enumerate(brought[:-1]):
         if j is not None:
             first.setdefault(j, phase)
-    return sorted(first.items())
+    return sorted((j, phase) for j, phase in first.items() if a[-1][j] is not None)
 
 
 def _padded(row: list[float], columns: int) -> list[float | None]:

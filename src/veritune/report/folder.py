@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Sequence
@@ -11,14 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..durable import found as checkpoints
 from ..errors import DataError, MissingError
 from ..training import status as statuses
 from ..training.runfolder import RUN
 
 QUIET = 15 * 60
 """Seconds without a sign after which a run on another machine counts as killed."""
-COPY = re.compile(r"step-\d{8}")
-"""A copy's name in a replica; see `training.replica`."""
 DEPTH = 6
 """Folders below the one searched that are looked into."""
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "rows", "seconds")
@@ -187,8 +185,8 @@ def find(root: Path) -> list[Path]:
         if RUN in files:
             found.append(Path(at))
             names.clear()
-        elif copies := [name for name in names if COPY.fullmatch(name) and (Path(at, name, "run") / RUN).is_file()]:
-            found.append(Path(at, max(copies), "run"))
+        elif copies := [path / "run" for _, path in checkpoints(Path(at)) if (path / "run" / RUN).is_file()]:
+            found.append(copies[-1])
             names.clear()
         deep = len(Path(at).relative_to(root).parts) >= DEPTH
         names[:] = [] if deep else [name for name in names if not name.startswith(".")]

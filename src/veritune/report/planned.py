@@ -166,9 +166,9 @@ def speed_of(path: Path) -> float:
 def _scored(run: config.Run, source: "Source") -> int:
     """Rows that validations and probes score."""
     plan, every = source.plan, run.validation.every
-    at = {*range(every, len(plan) + 1, every), *(phase.end for phase in plan.phases if phase.kind != "part")}
+    at = {*range(every, len(plan) + 1, every), *(phase.end for phase in plan.phases)}
     probes = 0
     if run.strategy.probe_rows:
         each = sum(len(it.trained) + (0 if it.held_out is None else len(it.held_out)) for it in source.slices)
-        probes = each * sum(phase.kind != "part" for phase in plan.phases)
+        probes = each * len(plan.phases)
     return len(at) * len(source.validation.labels) + probes

@@ -41,12 +41,13 @@ def what(run: RunFolder, data: Path | None) -> Section:
     """Settings and data."""
     s, about = run.settings, scored.manifest(run, data)
     train, lora, model = s["train"], s["lora"], s["model"]
+    schedule = "wsd" if s["strategy"]["kind"] == "stream" else train["schedule"]
     trained = run.status.get("parameters")
     facts = [
         ("base model", f"{model['path']} ({run.about['resolved'].get('precision', model['base'])})"),
         ("adapter", f"LoRA rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}"
          + (f", {trained:,} trained parameters" if trained else "")),
-        ("learning", f"{train['optimizer']}, lr {train['lr']:g}, {train['schedule']}, "
+        ("learning", f"{train['optimizer']}, lr {train['lr']:g}, {schedule}, "
          f"warm-up {train['warmup_ratio']:g}"),
         ("a step", f"{train['batch_size'] * train['gradient_accumulation']} rows, "
          f"{train['per_question']} of a question"),

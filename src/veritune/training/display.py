@@ -27,7 +27,8 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
         "phases": f"{'; '.join(phase.name for phase in plan.phases)} (slices of "
         f"{', '.join(f'{len(part.rows):,}' for part in state.source.slices)} rows)",
         "memory": str(state.planned),
-        "learning": f"{run.train.optimizer}, lr {run.train.lr:g}, {run.train.schedule}",
+        "learning": f"{run.train.optimizer}, lr {run.train.lr:g}, "
+        f"{'wsd' if run.strategy.kind == 'stream' else run.train.schedule}",
         "answers": " / ".join(state.encoder.frame.answers),
         "folder": f"{run.out}" + (f", going on after step {done:,}" if done else ""),
     }
