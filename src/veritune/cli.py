@@ -165,6 +165,8 @@ def evaluate(
     if out and out.is_dir():
         raise ConfigError(f"--out {out}: this is a folder; name a file")
     rows = evaluation.check(frame, how.columns, by=by, where=str(data))
+    for note in rows.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     verifier = load_verifier(adapter, how, merge=False if baseline else None)
     scores = evaluation.score_frame(verifier.score_rows, rows, console)
     plain = None
@@ -223,7 +225,7 @@ def submit(
 
 
 def demo(out: Path = Path("demo"), model: str | None = None, data: tuple[str, ...] = ()) -> None:
-    """Runs the whole job: prepare, evaluate the base, train, evaluate again, score, submit.
+    """Runs the whole job: prepare, train, evaluate beside the base model, score, submit, report.
 
     Args:
         out: The folder for everything it makes.

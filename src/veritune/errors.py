@@ -7,6 +7,9 @@ The command line prints `str(error)` and exits with 2: a message says what was w
 class VerituneError(Exception):
     """Base of every expected failure."""
 
+    def __str__(self) -> str:  # an OSError's would show more than the message
+        return str(self.args[0]) if self.args else ""
+
 
 class ConfigError(VerituneError, ValueError):
     """A setting, a run file or a flag cannot be used."""
@@ -18,9 +21,6 @@ class DataError(VerituneError, ValueError):
 
 class MissingError(VerituneError, FileNotFoundError):
     """A file or folder the user named is not there."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 class ModelError(VerituneError, RuntimeError):
@@ -38,19 +38,10 @@ class RoomError(VerituneError, MemoryError):
 class CheckpointError(VerituneError, OSError):
     """No whole checkpoint could be written or read."""
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class BusyError(VerituneError, BlockingIOError):
     """Another process works at this moment on what only one may."""
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class PeerError(VerituneError, ConnectionError):
     """Another process of a run on several GPUs, or the storage of a sweep, is gone."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""

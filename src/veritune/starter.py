@@ -110,10 +110,12 @@ def _example(about: dict[str, Any]) -> Any:
 
 
 def toml(value: Any) -> str:
-    """A value as TOML writes it; JSON's form is TOML's for all that settings hold."""
+    """A value as TOML writes it, which is JSON's form but for tables."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items() if item is not None) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _comment(text: str) -> str:

@@ -20,8 +20,8 @@ from veritune.errors import ConfigError, MissingError
 from veritune.model import load
 from veritune.search import search, space
 from veritune.search.board import Taken
-from veritune.search.result import toml
 from veritune.search.trial import Diverged, Losses, settings_of
+from veritune.starter import toml
 from veritune.training import step
 from veritune.training.trainer import train
 

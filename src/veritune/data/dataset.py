@@ -40,11 +40,9 @@ REPORTING = ("columns", "allow_refused", "near_duplicates")
 class Prepared:
     """A prepared dataset in memory. `train` stands in its prepared order, `validation` sorted by question."""
 
-    path: Path
     train: pl.DataFrame
     validation: pl.DataFrame
     fingerprint: str
-    manifest: dict[str, Any]
 
 
 @dataclass
@@ -117,11 +115,9 @@ def load(path: Path) -> Prepared:
     """
     manifest = folder.read_manifest(path)
     return Prepared(
-        path=path,
         train=pl.read_parquet(path / folder.TRAIN),
         validation=pl.read_parquet(path / folder.VALIDATION),
         fingerprint=manifest["fingerprint"],
-        manifest=manifest,
     )
 
 

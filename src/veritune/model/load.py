@@ -1,4 +1,4 @@
-"""Weights from the hub, a folder or a GGUF file, held as fp32, bf16, NF4 or FP8; and the check that paths work on them.
+"""Weights from the hub, a folder or a GGUF file, held as fp32, bf16 or NF4; and the check that paths work on them.
 
 `load_base` gives a frozen causal language model of transformers' and its tokenizer; `check_paths` finds out whether
 trie batches compute what the model computes row by row.

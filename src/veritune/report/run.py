@@ -157,7 +157,7 @@ def validation(run: RunFolder) -> Section:
     return Section("validation", "Validation", blocks, INTERVALS)
 
 
-def over_steps(entries: list[dict[str, Any]], key: str, colour: int, name: str = "") -> Series:
+def over_steps(entries: list[dict[str, Any]], key: str, colour: int) -> Series:
     """A figure of each validation with its interval."""
 
     def values(i: int) -> list[float]:
@@ -165,7 +165,7 @@ def over_steps(entries: list[dict[str, Any]], key: str, colour: int, name: str =
         return [float("nan") if value is None else value for value in found]
 
     y = [e[key] if isinstance(e.get(key), int | float) else float("nan") for e in entries]
-    return Series([e["step"] for e in entries], y, colour, name, "both", values(0), values(1))
+    return Series([e["step"] for e in entries], y, colour, "", "both", values(0), values(1))
 
 
 FORGETTING = {

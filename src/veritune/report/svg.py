@@ -1,6 +1,6 @@
 """Charts as SVG, to stand inside an HTML page: colours are classes (s1 to s8), so that the page's style decides them.
 
-Every function returns Markup; texts given to them are escaped here.
+Charts are Markup; texts given to them are escaped here.
 """
 
 import math
@@ -30,7 +30,7 @@ class Series:
     colour: int = 1
     name: str = ""
     kind: str = "line"
-    """line, faint, thin or dashed (lines too), points, or both (a line with points)."""
+    """line, faint or thin (lines too), points, or both (a line with points)."""
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     tips: Sequence[str] | None = None
@@ -170,16 +170,14 @@ def intervals(
     rows: Sequence[tuple[str, float, tuple[float, float] | None]],
     *,
     x_label: str,
-    x_range: tuple[float, float] | None = None,
     rule: float | None = None,
-    number: int = 1,
 ) -> Markup:
     """A line for each (name, value, interval): the value as a point on its interval. rule: an upright line."""
     names = [shortened(name, 24) for name, *_ in rows]
     left = 14 + LETTER * max((len(name) for name in names), default=1)
     height = 44 + 24 * len(rows)
     ends = [v for _, value, low_high in rows for v in (value, *(low_high or ()))]
-    low_end, high_end = x_range or span([*ends, *([rule] if rule is not None else [])])
+    low_end, high_end = span([*ends, *([rule] if rule is not None else [])])
     x = Scale(low_end, high_end, left, WIDTH - 14)
     y = Scale(0, 1, height - 38, 4)
     parts = axes(x, y, ticks(low_end, high_end, most=5), (), x_label)
@@ -191,9 +189,9 @@ def intervals(
         parts.append(f'<text x="{left - 8:.1f}" y="{at + 4}" text-anchor="end">{text(short)}{tip}</text>')
         if low_high:
             line = f"M{x(low_high[0]):.1f} {at}H{x(low_high[1]):.1f}"
-            parts.append(f'<path class="whisker {colour(number)}" d="{line}"/>')
+            parts.append(f'<path class="whisker {colour(1)}" d="{line}"/>')
         if math.isfinite(value):
-            parts.append(f'<circle class="dot {colour(number)}" cx="{x(value):.1f}" cy="{at}" r="4.5">{tip}</circle>')
+            parts.append(f'<circle class="dot {colour(1)}" cx="{x(value):.1f}" cy="{at}" r="4.5">{tip}</circle>')
     return frame(parts, WIDTH, height)
 
 

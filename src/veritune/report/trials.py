@@ -190,10 +190,10 @@ def axis(key: str, spec: dict[str, list[Any]]) -> Axis:
     return Axis(key, float(low), float(high), kind == "log", [])
 
 
-def surface(x: Axis, y: Axis, used: Sequence[dict[str, Any]], losses: Floats, cells: int = 16) -> Floats:
-    """The smoothed loss over two settings, float64 [cells of y, cells of x] (one for each choice); NaN where no trial
-    is near. A Gaussian kernel over the places of the trials, a tenth of an axis wide."""
-    across, down = (len(a.choices) or cells for a in (x, y))
+def surface(x: Axis, y: Axis, used: Sequence[dict[str, Any]], losses: Floats) -> Floats:
+    """The smoothed loss over two settings, float64 [cells of y, cells of x] (16, or one for each choice); NaN where no
+    trial is near. A Gaussian kernel over the places of the trials, a tenth of an axis wide."""
+    across, down = (len(a.choices) or 16 for a in (x, y))
     at_x, at_y = ((np.arange(n) + 0.5) / n for n in (across, down))
     trial_x, trial_y = (np.array([a.place(a.value(t)) for t in used]) for a in (x, y))
     near = np.exp(-0.5 * ((at_x[None, :, None] - trial_x) ** 2 + (at_y[:, None, None] - trial_y) ** 2) / 0.1**2)

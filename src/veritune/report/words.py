@@ -33,9 +33,9 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) and value == value else "-"
 
 
-def between(interval: Sequence[float] | None, digits: int = 3) -> str:
+def between(interval: Sequence[float] | None) -> str:
     """`0.701 to 0.745`, or nothing."""
-    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else ""
+    return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
 
 def duration(seconds: float) -> str:

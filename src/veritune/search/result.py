@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__, config
+from ..starter import toml
 from ..training.runfolder import FREE, write_json
 from .board import Board, line
 from .space import apply
@@ -82,17 +83,6 @@ def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> 
         if wanted:
             text += ["", f"[{table}]", *(f"{key} = {toml(value)}" for key, value in wanted.items())]
     return "\n".join(text) + "\n"
-
-
-def toml(value: Any) -> str:
-    """A TOML value."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items() if item is not None) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml(item) for item in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)
 
 
 def tell(trial: dict[str, Any], best: dict[str, Any] | None, console: Console) -> None:

@@ -42,9 +42,9 @@ def pack(tensors: Groups, state: dict[str, Any], *, copy: bool = False) -> dict[
     return {**files, STATE: [as_json(state)]}
 
 
-def as_json(value: Any, name: str = STATE) -> bytes:
+def as_json(value: Any) -> bytes:
     """Plain JSON. Raises NonFiniteError where a number is NaN or infinite, TypeError for what is not JSON."""
-    _check_plain(value, name)
+    _check_plain(value, STATE)
     return json.dumps(value, indent=1, allow_nan=False).encode()
 
 
