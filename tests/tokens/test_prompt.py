@@ -12,7 +12,7 @@ from veritune import config
 from veritune.errors import ConfigError
 from veritune.tokens.encode import encoder
 from veritune.tokens.prompt import Frame, render
-from veritune.training.trainer import Rows
+from veritune.training.feed import Rows
 
 
 def with_template(tokenizer: Any, template: str | None) -> Any:

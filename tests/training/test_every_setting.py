@@ -21,7 +21,7 @@ from tiny_models import write_folder
 from veritune import config
 from veritune.data import generate
 from veritune.errors import ConfigError, MissingError
-from veritune.training import trainer
+from veritune.training import feed, trainer
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def facets(run: config.Run) -> dict[str, Any]:
     """What `prepare` makes of a run, in parts that can be compared."""
     state = trainer.prepare(run, Console(quiet=True))
     steps = range(len(state.plan))
-    made = [trainer.micro_batches(state, step) for step in steps]
+    made = [feed.micro_batches(state, step) for step in steps]
     weights = {name: value.detach().clone() for name, value in state.model.named_parameters() if value.requires_grad}
     layers = [module for module in state.model.modules() if hasattr(module, "lora_dropout")]
     return {

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .trainer import Training
+    from .state import Training
 
 
 def show_plan(console: Console, state: "Training", done: int) -> None:

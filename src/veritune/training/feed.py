@@ -19,7 +19,7 @@ from . import plan as plans
 from .slices import Slice, Table, divide
 
 if TYPE_CHECKING:
-    from .trainer import Training
+    from .state import Training
 
 
 @dataclass(frozen=True)

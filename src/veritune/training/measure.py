@@ -16,7 +16,7 @@ from .plan import Phase
 from .session import Session, Stop
 
 if TYPE_CHECKING:
-    from .trainer import Training
+    from .state import Training
 
 FORGETTING = "forgetting.json"
 

@@ -15,7 +15,7 @@ from .optimizer_state import optimizer_tensors, restore_optimizer
 from .plan import Phase
 
 if TYPE_CHECKING:
-    from .trainer import Training
+    from .state import Training
 
 
 @dataclass

@@ -18,7 +18,7 @@ from .speed import card_of
 
 if TYPE_CHECKING:
     from .feed import Micro
-    from .trainer import Training
+    from .state import Training
 
 STEPS = 16
 """Steps that are looked at to know what micro-batches will hold."""

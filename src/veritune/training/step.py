@@ -18,7 +18,7 @@ from .progress import At
 from .session import Session
 
 if TYPE_CHECKING:
-    from .trainer import Training
+    from .state import Training
 
 MOST_SKIPPED = 10
 """Steps in a row that are not finite, after which skipping them is no help."""

@@ -1,15 +1,13 @@
-"""The training loop, and what it needs around it: setting up, phases that begin and end, saving, resuming."""
+"""The training loop, and what it needs around it: phases that begin and end, measuring, saving, resuming."""
 
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -17,83 +15,20 @@ from .. import config
 from ..durable import alone_in
 from ..errors import MissingError
 from ..model import adapter, load
-from ..model.compiled import compile_layers, gradients, plain_layers
-from ..model.graphs import Graphs, launch_bound, own_stream, record
-from ..model.verdict import Way
-from ..model.verifier import MICRO_BATCH_TOKENS
-from ..tokens import prompt
-from ..tokens.encode import Encoder, encoder
 from ..track import Tracker
 from ..trackers.follow import check, following
-from . import distributed, room, runfolder, status
-from . import optimizer as optimizers
+from . import distributed, runfolder, status
 from . import plan as plans
 from .checkpoint import Saved, Saver, load_latest, publish, settle
 from .display import Display, show_plan
-from .feed import Rows, Source, ahead, micro_batches, read
+from .feed import ahead, read
 from .fetch import fetch
 from .measure import probe, validate, write_forgetting
-from .progress import At, Point, begin, copies, restore, save_checkpoint
+from .progress import At, begin, copies, restore, save_checkpoint
 from .session import Session, Stop, session
-from .step import deterministic, fitting, micro_loss, update
-
-
-@dataclass
-class Training:
-    """Everything one run holds while it trains."""
-
-    run: config.Run
-    source: Source
-    base: load.Base
-    model: Any
-    optimizer: torch.optim.Optimizer
-    encoder: Encoder
-    way: Way
-    """How rows are computed."""
-    budget: int
-    """Tokens computed at once."""
-    about: adapter.About
-    watch: "Watch | None" = None
-    adapters: bool = True
-    """Whether adapters are saved."""
-    recomputed: int = 0
-    """Layers, from the first, whose activations are computed again in the backward pass."""
-    planned: room.Planned | None = None
-    """What these two were chosen from, on a GPU."""
-    best: dict[str, Tensor] = field(default_factory=dict)
-    """The adapter of the lowest validation log loss so far, on the CPU."""
-    saved: tuple[int, int] = (0, 0)
-    """The steps that were done and last validated in the newest checkpoint."""
-    graphs: Graphs | None = None
-    """Recorded passes, for a small model on a GPU."""
-    fork: Point | None = None
-    """In a cooldown, where it left the main line."""
-    world: distributed.World = distributed.ALONE
-
-    @property
-    def plan(self) -> plans.Plan:
-        return self.source.plan
-
-    @property
-    def train(self) -> Rows:
-        return self.source.train
-
-    @property
-    def validation(self) -> Rows:
-        return self.source.validation
-
-    @property
-    def probed(self) -> bool:
-        """Whether each slice is measured after each phase."""
-        return bool(self.source.slices) and self.run.strategy.probe_rows > 0
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-
-Watch = Callable[[Training, int, dict[str, Any]], None]
-"""Called with finished steps and what metrics.jsonl got for them. What it raises ends the run there."""
+from .setup import begun_from_nothing, prepare
+from .state import Training, Watch
+from .step import deterministic, fitting, update
 
 
 def train(
@@ -107,11 +42,11 @@ def train(
 ) -> dict[str, Any]:
     """Trains one run, or goes on with it, and returns the last validation's figures; see `quality.metrics.measure`.
 
-    The run folder then holds `adapter/` (the last weights), `best/` (the lowest validation log loss), `metrics.jsonl`
-    and `evaluation.json`; without `adapters`, the latter two alone. For many runs in one process: `base` is a model
-    that is loaded already (the run's [model] is not read) and given back without adapter, its layers compiled; `then`
-    gets the trained run before that. Raises the kinds in `errors`; a stop by signal saves first and raises
-    KeyboardInterrupt.
+    The run folder then holds `adapter/` (the last weights), `best/` (the lowest validation log loss), `metrics.jsonl`,
+    `evaluation.json` and what a resume or a report needs; without `adapters`, not the first two. For many runs in one
+    process: `base` is a model that is loaded already (the run's [model] is not read) and given back without adapter,
+    its layers compiled; `then` gets the trained run before that. Raises the kinds in `errors`; a stop by signal saves
+    first and raises KeyboardInterrupt.
     """
     folder = Path(run.out)
     with session(run.session.hours) as stop, distributed.join(run.model.device) as world, ExitStack() as kept:
@@ -297,81 +232,6 @@ def finish(state: Training, at: At, folder: Path) -> None:
     left = {"validation": at.quality, "truncated_rows": at.truncated, "skipped_steps": at.skipped}
     runfolder.write_json(folder / "evaluation.json", left)
     status.finished(folder)
-
-
-def prepare(
-    run: config.Run, console: Console, base: load.Base | None = None, world: distributed.World = distributed.ALONE
-) -> Training:
-    """Reads the data and makes the plan, loads weights and adapter, and checks them against each other."""
-    source = read(run)
-    space = room.limit(run, base.device if base else load.pick_device(run.model.device))
-    with console.status("loading the model"):
-        base = base or load.load_base(run.model)
-        load.check_length(base, run.prompt.max_length)
-        words = prompt.render(run.prompt, base.tokenizer)
-        rows_encoder = replace(encoder(words, base.tokenizer), known=base.ids)
-        reason = load.check_paths(base, run.prompt.max_length)
-    if reason:
-        console.print(load.slower(base, run.prompt.max_length, reason), style="yellow", markup=False)
-    start = run.train.start_from if not begun_from_nothing(run) else None
-    model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    state = Training(
-        run=run,
-        source=source,
-        base=base,
-        model=model,
-        optimizer=optimizers.make(parameters, run.train),
-        encoder=rows_encoder,
-        way=base.ways[run.prompt.max_length],
-        budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
-        about=adapter.About(words, base.path, base.precision, source.fingerprint),
-        world=world,
-        recomputed=len(load.layers(model)) if run.train.gradient_checkpointing == "on" else 0,
-    )
-    room.use(state, room.planned(state, space))
-    room.unpack(state)
-    if state.planned and not state.planned.fit.fits:
-        console.print(f"memory may not suffice: {state.planned}", style="yellow", markup=False)
-    if run.train.compile and base.device.type == "cuda" and state.way == "paths":
-        with console.status("compiling the layers"):
-            speed_up(state, console)
-    else:
-        plain_layers(model)
-    if run.lora.dropout:  # it depends on how a step is cut, which memory may have decided otherwise on each rank
-        state.budget = min(world.gather(state.budget))
-    return state
-
-
-def begun_from_nothing(run: config.Run) -> bool:
-    """Whether train.start_from names an adapter that is not there (any more): a run that goes on does not need it."""
-    return run.train.start_from is not None and not Path(run.train.start_from).expanduser().is_dir()
-
-
-def speed_up(state: Training, console: Console) -> None:
-    """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
-    alone = replace(state, world=distributed.ALONE)
-    graphs = state.run.train.cuda_graphs and not state.run.lora.dropout and launch_bound(state.model, state.budget)
-    graphs = graphs and state.base.precision != "fp32"  # its attention asks the GPU for sizes
-    if graphs:
-        own_stream(state.base.device)
-    # Plain layers, which these are compared with, take more memory, up to a half: a few rows.
-    _, (few, *_), _ = micro_batches(alone, 0, min(state.budget * 2 // 3, room.PROBE_TOKENS))
-    compute = partial(gradients, state.model, partial(micro_loss, state, few))
-    problem = compile_layers(state.model, compute, precision=state.base.precision)
-    slower = "layers are not compiled"
-    if problem:
-        room.replan(state, compiled=False)
-    if problem is None and graphs and not state.recomputed:
-        answers, (_, (micro, *_), _) = state.encoder.frame.answer_ids, micro_batches(alone, 0)
-        assert micro.trie is not None, "only rows that share a beginning get here"
-        state.graphs, problem = record(
-            state.model, state.base.device, answers, micro.trie, micro.labels, lambda: micro_loss(state, micro),
-            precision=state.base.precision,
-        )  # fmt: skip
-        slower = "steps are not recorded as CUDA graphs"
-    if problem:
-        console.print(f"{slower}, which is slower: {problem}", style="yellow", markup=False)
 
 
 def decisive(state: Training) -> dict[str, Any]:

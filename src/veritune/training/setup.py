@@ -1,0 +1,95 @@
+"""From a run's settings to what trains: data, plan, weights and adapter, checked against each other and made fast."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import config
+from ..model import adapter, load
+from ..model.compiled import compile_layers, gradients, plain_layers
+from ..model.graphs import launch_bound, own_stream, record
+from ..model.verifier import MICRO_BATCH_TOKENS
+from ..tokens import prompt
+from ..tokens.encode import encoder
+from . import distributed, room
+from . import optimizer as optimizers
+from .feed import micro_batches, read
+from .state import Training
+from .step import micro_loss
+
+
+def prepare(
+    run: config.Run, console: Console, base: load.Base | None = None, world: distributed.World = distributed.ALONE
+) -> Training:
+    """Reads the data and makes the plan, loads weights and adapter, and checks them against each other."""
+    source = read(run)
+    space = room.limit(run, base.device if base else load.pick_device(run.model.device))
+    with console.status("loading the model"):
+        base = base or load.load_base(run.model)
+        load.check_length(base, run.prompt.max_length)
+        words = prompt.render(run.prompt, base.tokenizer)
+        rows_encoder = replace(encoder(words, base.tokenizer), known=base.ids)
+        reason = load.check_paths(base, run.prompt.max_length)
+    if reason:
+        console.print(load.slower(base, run.prompt.max_length, reason), style="yellow", markup=False)
+    start = run.train.start_from if not begun_from_nothing(run) else None
+    model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    state = Training(
+        run=run,
+        source=source,
+        base=base,
+        model=model,
+        optimizer=optimizers.make(parameters, run.train),
+        encoder=rows_encoder,
+        way=base.ways[run.prompt.max_length],
+        budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
+        about=adapter.About(words, base.path, base.precision, source.fingerprint),
+        world=world,
+        recomputed=len(load.layers(model)) if run.train.gradient_checkpointing == "on" else 0,
+    )
+    room.use(state, room.planned(state, space))
+    room.unpack(state)
+    if state.planned and not state.planned.fit.fits:
+        console.print(f"memory may not suffice: {state.planned}", style="yellow", markup=False)
+    if run.train.compile and base.device.type == "cuda" and state.way == "paths":
+        with console.status("compiling the layers"):
+            speed_up(state, console)
+    else:
+        plain_layers(model)
+    if run.lora.dropout:  # it depends on how a step is cut, which memory may have decided otherwise on each rank
+        state.budget = min(world.gather(state.budget))
+    return state
+
+
+def begun_from_nothing(run: config.Run) -> bool:
+    """Whether train.start_from names an adapter that is not there (any more): a run that goes on does not need it."""
+    return run.train.start_from is not None and not Path(run.train.start_from).expanduser().is_dir()
+
+
+def speed_up(state: Training, console: Console) -> None:
+    """Compiles the layers and records passes, where that gives the same gradients on the run's first rows."""
+    alone = replace(state, world=distributed.ALONE)
+    graphs = state.run.train.cuda_graphs and not state.run.lora.dropout and launch_bound(state.model, state.budget)
+    graphs = graphs and state.base.precision != "fp32"  # its attention asks the GPU for sizes
+    if graphs:
+        own_stream(state.base.device)
+    # Plain layers, which these are compared with, take more memory, up to a half: a few rows.
+    _, (few, *_), _ = micro_batches(alone, 0, min(state.budget * 2 // 3, room.PROBE_TOKENS))
+    compute = partial(gradients, state.model, partial(micro_loss, state, few))
+    problem = compile_layers(state.model, compute, precision=state.base.precision)
+    slower = "layers are not compiled"
+    if problem:
+        room.replan(state, compiled=False)
+    if problem is None and graphs and not state.recomputed:
+        answers, (_, (micro, *_), _) = state.encoder.frame.answer_ids, micro_batches(alone, 0)
+        assert micro.trie is not None, "only rows that share a beginning get here"
+        state.graphs, problem = record(
+            state.model, state.base.device, answers, micro.trie, micro.labels, lambda: micro_loss(state, micro),
+            precision=state.base.precision,
+        )  # fmt: skip
+        slower = "steps are not recorded as CUDA graphs"
+    if problem:
+        console.print(f"{slower}, which is slower: {problem}", style="yellow", markup=False)
