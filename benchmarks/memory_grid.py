@@ -25,7 +25,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from veritune import config
-from veritune.model import adapter, load
+from veritune.model import adapter, load, self_check
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
@@ -154,7 +154,7 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
     """One step for each point of a group, and the points that time did not suffice for."""
     torch.cuda.reset_peak_memory_stats()
     base = base_of(group, device)
-    load.use_paths(base.model)
+    self_check.use_paths(base.model)
     weights = torch.cuda.memory_allocated()
     model = adapter.add_adapter(base, config.Lora(rank=group.rank), seed=0)
     parameters = [p for p in model.parameters() if p.requires_grad]

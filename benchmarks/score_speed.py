@@ -34,7 +34,7 @@ def veritune(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndar
     from train_speed import random_base
 
     from veritune import config
-    from veritune.model import load, precision
+    from veritune.model import load, precision, self_check
     from veritune.model.compiled import compile_layers
     from veritune.model.verdict import label_logits
     from veritune.model.verifier import score_ids
@@ -43,7 +43,7 @@ def veritune(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndar
     device = load.pick_device("auto")
     settings = config.Model(path=o.model or o.shape, base=o.base)
     base = load.load_base(settings) if o.model else random_base(o.shape, device, o.base)
-    print("paths:", load.check_paths(base, 2048) or "ok", flush=True)
+    print("paths:", self_check.check_paths(base, 2048) or "ok", flush=True)
     if o.base == "fp8":
         precision.to_fp8(base.model, train=False)
 

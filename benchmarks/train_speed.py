@@ -18,7 +18,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veritune import config
-from veritune.model import adapter, graphs, load, precision
+from veritune.model import adapter, graphs, load, precision, self_check
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
@@ -145,7 +145,7 @@ def main() -> None:
         graphs.own_stream(device)
     said = lambda what: print(f"{what} after {time.perf_counter() - started:.0f} s", flush=True)  # noqa: E731
     said("weights made")
-    said(f"paths: {load.check_paths(base, 2048) or 'ok'}")
+    said(f"paths: {self_check.check_paths(base, 2048) or 'ok'}")
     model = adapter.add_adapter(base, config.Lora(), seed=0, start_from=o.adapter)
     if o.unpacked:
         precision.hold_unpacked(model)

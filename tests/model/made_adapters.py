@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from veritune import config
-from veritune.model import adapter, load
+from veritune.model import adapter, load, self_check
 from veritune.model.verifier import Verifier
 from veritune.tokens.prompt import render
 from veritune.training.checkpoint import publish
@@ -17,7 +17,7 @@ from veritune.training.checkpoint import publish
 def trained(model: Path, out: Path, *, seed: int = 3, max_length: int = 512, **lora: Any) -> Path:
     """Writes the adapter folder `out` for the model folder `model`."""
     base = load.load_base(config.Model(path=str(model), base="fp32", device="cpu"))
-    load.check_paths(base, max_length)
+    self_check.check_paths(base, max_length)
     frame = render(config.Prompt(max_length=max_length), base.tokenizer)
     made = adapter.add_adapter(base, config.Lora(**{"rank": 8, **lora}), seed=1)
     generator = torch.Generator().manual_seed(seed)

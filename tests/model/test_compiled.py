@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from veritune import config
-from veritune.model import adapter, load
+from veritune.model import adapter, load, self_check
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import build
@@ -19,7 +19,7 @@ from veritune.tokens.trie import build
 
 def model(base: load.Base | None = None) -> Any:
     base = base or load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
-    assert load.check_paths(base, 256) is None
+    assert self_check.check_paths(base, 256) is None
     made = adapter.add_adapter(base, config.Lora(rank=4), seed=0)
     for name, p in made.named_parameters():
         if "lora_B" in name:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veritune import config
-from veritune.model import adapter, attention, graphs, load, precision
+from veritune.model import adapter, attention, graphs, load, precision, self_check
 from veritune.model import compiled as compiled_layers
 from veritune.model.compiled import compile_layers
 from veritune.model.verdict import label_logits, label_loss, rowwise_logits
@@ -77,7 +77,7 @@ def test_flash_paths_and_compiled_layers_learn_what_stock_learns(heads, key_head
     truth = gradients(exact, rowwise_logits(exact, given, device), labels)
 
     base = make(heads, key_heads)
-    assert load.check_paths(base, 2048) is None
+    assert self_check.check_paths(base, 2048) is None
     model = adapter.add_adapter(base, config.Lora(rank=8, alpha=16), seed=0)
     randomise(model)
     load.set_training(model)
@@ -95,7 +95,7 @@ def test_recorded_passes_give_the_gradients_of_plain_ones_for_any_trie():
     given, device = rows(), torch.device("cuda")
     graphs.own_stream(device)
     base = make(8, 2)
-    assert load.check_paths(base, 2048) is None
+    assert self_check.check_paths(base, 2048) is None
     model = adapter.add_adapter(base, config.Lora(rank=8, alpha=16), seed=0)
     randomise(model)
     load.set_training(model)
@@ -153,7 +153,7 @@ def test_fp8_products_on_the_gpu_are_those_their_numbers_stand_for(compiled):
     plain = adapter.add_adapter(plain_base, config.Lora(rank=8, alpha=16), seed=0)
     found = []
     for each, of in ((model, base), (plain, plain_base)):
-        load.use_paths(of.model)
+        self_check.use_paths(of.model)
         randomise(each)
         load.set_training(each)
         if compiled and each is model:

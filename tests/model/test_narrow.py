@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny
 
 from veritune import config
-from veritune.model import adapter, load
+from veritune.model import adapter, load, self_check
 from veritune.model.narrow import is_narrow
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits
@@ -30,7 +30,7 @@ def rows() -> list[np.ndarray]:
 def test_how_many_tokens_the_last_mlp_sees(family: str, expected: bool, adapted: bool) -> None:
     base = load.Base(tiny(family), None, torch.device("cpu"), "fp32", "tiny")
     assert Shape.of(base.model.config.to_dict()).narrow == expected
-    assert load.check_paths(base, 256) is None
+    assert self_check.check_paths(base, 256) is None
     targets = ("qkv_proj",) if family == "phi3" else config.Lora().targets
     model = adapter.add_adapter(base, config.Lora(rank=4, targets=targets), seed=0) if adapted else base.model
     assert is_narrow(model) == expected
@@ -46,7 +46,7 @@ def test_how_many_tokens_the_last_mlp_sees(family: str, expected: bool, adapted:
 def test_a_narrow_model_is_the_stock_one_without_paths() -> None:
     base, stock = load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny"), tiny("llama")
     stock.load_state_dict(base.model.state_dict())
-    assert load.check_paths(base, 256) is None
+    assert self_check.check_paths(base, 256) is None
     base.model.set_attn_implementation(base.stock)
     ids: Any = torch.arange(3, 40)[None]
     assert torch.equal(base.model(ids).logits, stock(ids).logits)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from veritune import config
 from veritune.data.generate import generate
-from veritune.model import adapter, load
+from veritune.model import adapter, load, self_check
 from veritune.model.lora import FastLinear, FastLinear4bit
 from veritune.model.verdict import label_logits, label_loss, p_correct, rowwise_logits
 from veritune.tokens.encode import encoder
@@ -78,7 +78,7 @@ def random_adapter(model: Any, seed: int = 5) -> None:
 
 def ours_of(base_model: Any, family: str, *, precision: str = "fp32", recomputed: int = 0) -> Any:
     base = load.Base(base_model, None, torch.device("cpu"), precision, family)
-    assert load.check_paths(base, LONGEST) is None
+    assert self_check.check_paths(base, LONGEST) is None
     model = adapter.add_adapter(base, settings_of(family), seed=1)
     random_adapter(model)
     load.set_training(model, recomputed=recomputed)
@@ -218,7 +218,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> N
 
 def test_dropout_belongs_to_the_adapter_in_training_only() -> None:
     base = load.Base(tiny("llama", attention_dropout=0.5), None, torch.device("cpu"), "fp32", "llama")
-    assert load.check_paths(base, LONGEST) is None
+    assert self_check.check_paths(base, LONGEST) is None
     model = adapter.add_adapter(base, config.Lora(rank=8, dropout=0.5), seed=1)
     random_adapter(model)
     rows = BATCHES["two levels: an instruction"]
@@ -274,7 +274,7 @@ def test_nf4_has_the_gradients_of_its_dequantised_weights(nf4: load.Base, tiny_f
             },
         }
     )
-    assert load.check_paths(nf4, LONGEST) is None
+    assert self_check.check_paths(nf4, LONGEST) is None
     model = adapter.add_adapter(nf4, config.Lora(rank=8), seed=1)
     random_adapter(model)
     load.set_training(model)
@@ -290,7 +290,7 @@ def test_nf4_has_the_gradients_of_its_dequantised_weights(nf4: load.Base, tiny_f
 
 def test_nf4_trains_and_shares_rows(nf4: load.Base) -> None:
     assert type(nf4.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert load.check_paths(nf4, LONGEST) is None
+    assert self_check.check_paths(nf4, LONGEST) is None
     model = adapter.add_adapter(nf4, config.Lora(rank=8), seed=1)
     random_adapter(model)
     load.set_training(model)
@@ -300,7 +300,7 @@ def test_nf4_trains_and_shares_rows(nf4: load.Base) -> None:
         shared = p_correct(label_logits(model, build(rows), nf4.device), ANSWERS)
         nf4.model.set_attn_implementation("sdpa")
         alone = p_correct(rowwise_logits(model, rows, nf4.device), ANSWERS)
-        load.use_paths(nf4.model)
+        self_check.use_paths(nf4.model)
     assert shared.tolist() == pytest.approx(alone.tolist(), abs=0.03)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
@@ -322,7 +322,7 @@ def smollm2_case(smollm2_base: load.Base) -> tuple[Any, Rows, Tensor, tuple[int,
     frame = render(prompt, base.tokenizer)
     made = generate(2, solutions_per_question=2, seed=3)
     rows, _ = encoder(frame, base.tokenizer).rows([it["question"] for it in made], [it["solution"] for it in made])
-    assert load.check_paths(base, 512) is None
+    assert self_check.check_paths(base, 512) is None
     ours = adapter.add_adapter(base, config.Lora(rank=4), seed=1)
     generator = torch.Generator().manual_seed(5)
     for name, value in ours.named_parameters():

@@ -8,7 +8,7 @@ from tiny_models import tiny
 from torch import nn
 
 from veritune import config
-from veritune.model import adapter, load, precision
+from veritune.model import adapter, load, precision, self_check
 from veritune.model.verdict import label_logits
 from veritune.tokens.trie import build
 
@@ -99,7 +99,7 @@ def test_nf4_layers_compile_for_scoring(nf4) -> None:
     """What `Verifier.compile` does on a GPU; torch's compiler took the adapter apart wrongly for just NF4."""
     torch._dynamo.reset()
     rows = [np.arange(5, 5 + n, dtype=np.int32) for n in (9, 14)]
-    load.use_paths(nf4.get_base_model())
+    self_check.use_paths(nf4.get_base_model())
     with torch.inference_mode():
         plain = label_logits(nf4, build(rows), torch.device("cpu"))
         for layer in load.layers(nf4)[:-1]:

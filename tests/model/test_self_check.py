@@ -17,7 +17,7 @@ from tiny_models import tiny
 
 from veritune import config
 from veritune.errors import ConfigError, MissingError, ModelError
-from veritune.model import attention, load
+from veritune.model import attention, load, self_check
 from veritune.model.verdict import label_logits, like_lengths, rowwise_logits
 from veritune.tokens.trie import build
 
@@ -134,7 +134,7 @@ def test_a_model_without_a_reason_is_exact_on_rows_of_full_length(family: str, c
     assert max(len(row) for row in rows) == MAX_LENGTH
     with torch.no_grad():
         stock = rowwise_logits(model, rows, CPU)
-    assert load.check_paths(base_of(model), MAX_LENGTH) is None
+    assert self_check.check_paths(base_of(model), MAX_LENGTH) is None
     assert model.config._attn_implementation == attention.NAME
     assert off_by(model, rows, stock) < 1e-5
 
@@ -147,7 +147,7 @@ def test_a_model_that_paths_cannot_express_is_found_out(family: str, changes: di
     with torch.no_grad():
         stock = rowwise_logits(model, rows, CPU)
     base = base_of(model)
-    assert reason in str(load.check_paths(base, MAX_LENGTH))
+    assert reason in str(self_check.check_paths(base, MAX_LENGTH))
     # The model is as it was, and its rows can still be computed: beside each other, where that changes nothing.
     assert model.config._attn_implementation == before
     assert base.ways[MAX_LENGTH] == ("single" if family in ("bert", "phi3", "llama") else "padded")
@@ -172,7 +172,7 @@ def test_rounding_hides_nothing(family: str, changes: dict[str, Any]) -> None:
     """Weights so small that attention hardly matters, in bf16: the numbers are within its rounding, and still these
     models are found out, by layers that never called the attention they were given."""
     model = made(family, changes, initializer_range=0.02, dtype="bfloat16")
-    reason = load.check_paths(base_of(model, "bf16"), MAX_LENGTH)
+    reason = self_check.check_paths(base_of(model, "bf16"), MAX_LENGTH)
     assert reason is not None
     assert "layers attend" in reason or "differ" in reason
 
@@ -184,25 +184,25 @@ def test_rounding_is_no_reason(family: str, spread: float) -> None:
     still there (phi3 with seed 1 was turned down for 0.6 %)."""
     for seed in range(3):
         model = tiny(family, seed=seed, initializer_range=spread, dtype="bfloat16")
-        assert load.check_paths(base_of(model, "bf16"), MAX_LENGTH) is None
+        assert self_check.check_paths(base_of(model, "bf16"), MAX_LENGTH) is None
 
 
 def test_the_check_leaves_no_witness_behind() -> None:
     from transformers import AttentionInterface
 
     model = tiny("llama")
-    assert load.check_paths(base_of(model), MAX_LENGTH) is None
+    assert self_check.check_paths(base_of(model), MAX_LENGTH) is None
     assert AttentionInterface()[attention.NAME] is attention.path_attention
 
 
 def test_a_window_as_long_as_a_row_is_enough_and_one_shorter_is_not() -> None:
     model = tiny("mistral", sliding_window=100)
-    assert load.check_paths(base_of(model), 101) is not None
-    assert load.check_paths(base_of(model), 100) is None
+    assert self_check.check_paths(base_of(model), 101) is not None
+    assert self_check.check_paths(base_of(model), 100) is None
 
 
 def test_smollm2_shares_rows_in_float32(smollm2_base: load.Base) -> None:
-    assert load.check_paths(smollm2_base, 2048) is None
+    assert self_check.check_paths(smollm2_base, 2048) is None
 
 
 # What load_base refuses.
@@ -332,7 +332,7 @@ def test_low_precision_is_told_from_another_row() -> None:
         noise = torch.randn(3, 500, generator=torch.Generator().manual_seed(seed))
         return stock + share * spread * noise / noise.norm(dim=-1, keepdim=True)
 
-    assert load._differ(stock, stock, off(0.058, 1), exact=False) is None
-    assert load._differ(stock, off(0.2, 2), off(0.3, 1), exact=False) is None  # FP8
-    assert "20.0%" in str(load._differ(stock, off(0.05, 2), off(0.2, 1), exact=False))
-    assert "rounding" in str(load._differ(stock, off(0.4, 2), stock.roll(1, 0), exact=False))
+    assert self_check._differ(stock, stock, off(0.058, 1), exact=False) is None
+    assert self_check._differ(stock, off(0.2, 2), off(0.3, 1), exact=False) is None  # FP8
+    assert "20.0%" in str(self_check._differ(stock, off(0.05, 2), off(0.2, 1), exact=False))
+    assert "rounding" in str(self_check._differ(stock, off(0.4, 2), stock.roll(1, 0), exact=False))

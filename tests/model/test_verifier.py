@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from veritune import config
 from veritune.data.generate import generate
 from veritune.errors import ConfigError, MissingError, ModelError
-from veritune.model import adapter, load
+from veritune.model import adapter, load, self_check
 from veritune.model.adapter import ABOUT
 from veritune.model.verifier import Verifier, score_ids
 
@@ -67,7 +67,7 @@ def test_sharing_beginnings_or_not(verifier: Verifier, rows: tuple[list[str], li
     try:
         apart = [dataclasses.replace(verifier, way=way).score_rows(*rows) for way in ("padded", "single")]
     finally:
-        load.use_paths(verifier.model.get_base_model())
+        self_check.use_paths(verifier.model.get_base_model())
     assert np.abs(shared - apart).max() < 1e-4  # either way
 
 

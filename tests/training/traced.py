@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from veritune import config
-from veritune.model import adapter, attention, load
+from veritune.model import adapter, attention, load, self_check
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.trie import Trie, build
 
@@ -131,7 +131,7 @@ def rows_of(tokens: int, length: int, together: int) -> list[np.ndarray]:
 def step(model: Any, settings: config.Lora, rows: list[np.ndarray], recomputed: int = 0) -> Step:
     """Two micro-batches of a step, and the highest moment of the second."""
     base = load.Base(model, None, META, "bf16", "traced")
-    load.use_paths(model)
+    self_check.use_paths(model)
     made = adapter.add_adapter(base, settings, seed=0)
     load.set_training(made, recomputed=recomputed)
     trie = build(rows)

@@ -1,8 +1,8 @@
 """The last decoder layer at the label rows only: past its attention nobody asks for the other tokens, so its MLP and
 all that follows need not compute them.
 
-Put in place by changing an instance's class: names and parameters stay the family's own. `load.check_paths` compares
-its numbers with those of stock layers.
+Put in place by changing an instance's class: names and parameters stay the family's own.
+`self_check.check_paths` compares its numbers with those of stock layers.
 """
 
 from functools import cache

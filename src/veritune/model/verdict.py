@@ -41,8 +41,8 @@ def rowwise_logits(
 ) -> Tensor:
     """The same through the model's own attention: for models whose attention does more than paths express.
 
-    "single" is slow, and exact by construction. "padded" is exact where `load.check_paths` says so: a causal model does
-    not see what stands behind a row. Tokens in `after` stand behind each row, too.
+    "single" is slow, and exact by construction. "padded" is exact where `self_check.check_paths` says so: a causal
+    model does not see what stands behind a row. Tokens in `after` stand behind each row, too.
     """
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     for part in like_lengths(rows) if way == "padded" else [[i] for i in range(len(rows))]:

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..tokens.encode import Encoder, encoder
 from ..tokens.prompt import check_answers
 from ..tokens.trie import build, split
-from . import adapter, load
+from . import adapter, load, self_check
 from .compiled import compile_layers, uncompiled
 from .verdict import Way, label_logits, p_correct, rowwise_logits
 
@@ -80,9 +80,9 @@ class Verifier:
         loaded = load.load_base(settings)
         load.check_length(loaded, about.frame.max_length)
         check_answers(about.frame, loaded.tokenizer)
-        reason = load.check_paths(loaded, about.frame.max_length)
+        reason = self_check.check_paths(loaded, about.frame.max_length)
         if reason:
-            warn(load.slower(loaded, about.frame.max_length, reason))
+            warn(self_check.slower(loaded, about.frame.max_length, reason))
         # An adapter trained on FP8 weights has learnt to live with just their rounding.
         fits = precision == "bf16" or (precision == "fp8" and about.precision != "fp8")
         if merge is None and not (found.type == "cuda" and fits):

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import config
-from ..model import adapter, load
+from ..model import adapter, load, self_check
 from ..model.compiled import compile_layers, gradients, plain_layers
 from ..model.graphs import launch_bound, own_stream, record
 from ..model.verifier import MICRO_BATCH_TOKENS
@@ -31,9 +31,9 @@ def prepare(
         load.check_length(base, run.prompt.max_length)
         words = prompt.render(run.prompt, base.tokenizer)
         rows_encoder = replace(encoder(words, base.tokenizer), known=base.ids)
-        reason = load.check_paths(base, run.prompt.max_length)
+        reason = self_check.check_paths(base, run.prompt.max_length)
     if reason:
-        console.print(load.slower(base, run.prompt.max_length, reason), style="yellow", markup=False)
+        console.print(self_check.slower(base, run.prompt.max_length, reason), style="yellow", markup=False)
     start = run.train.start_from if not begun_from_nothing(run) else None
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
     parameters = [p for p in model.parameters() if p.requires_grad]
