@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny
 
-from veritune.model.load import use_paths
+from veritune.model.self_check import use_paths
 from veritune.model.verdict import label_logits
 from veritune.tokens.pad import Size, pad
 from veritune.tokens.trie import Trie, build
