@@ -160,13 +160,14 @@ def evaluate(
 
     from .data import dataset, sources
     from .quality import evaluate as evaluation
+    from .quality.score import say
 
     frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
     if out and out.is_dir():
         raise ConfigError(f"--out {out}: this is a folder; name a file")
     rows = evaluation.check(frame, how.columns, by=by, where=str(data))
     for note in rows.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
     verifier = load_verifier(adapter, how, merge=False if baseline else None)
     scores = evaluation.score_frame(verifier.score_rows, rows, console)
     plain = None

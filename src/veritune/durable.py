@@ -82,6 +82,17 @@ def sync_folder(path: Path) -> None:
         os.close(file)
 
 
+def is_process(pid: int) -> bool:
+    """Whether a process of this machine lives."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and those above it, each name durable."""
     if not path.is_dir():

@@ -11,6 +11,11 @@ class VerituneError(Exception):
         return str(self.args[0]) if self.args else ""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in a line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ConfigError(VerituneError, ValueError):
     """A setting, a run file or a flag cannot be used."""
 

@@ -16,6 +16,8 @@ from veritune.data.generate import generate
 from veritune.errors import ConfigError, MissingError
 from veritune.model import adapter, load
 from veritune.quality.forgetting import average_forgetting, backward_transfer
+from veritune.report import planned
+from veritune.training import feed
 from veritune.training.trainer import Training, train
 
 
@@ -84,6 +86,25 @@ def test_a_stop_changes_nothing_wherever_it_comes(uninterrupted: config.Run, tmp
             assert left.replace(uninterrupted.out.encode(), again.out.encode()) == right
 
 
+def test_a_plan_counts_the_rows_that_the_run_scored(uninterrupted: config.Run) -> None:
+    lines, source = metrics(Path(uninterrupted.out)), feed.read(uninterrupted)
+    probes = sum(len(it.trained) + (0 if it.held_out is None else len(it.held_out)) for it in source.slices)
+    scored = sum("validation" in line for line in lines) * len(source.validation.labels)
+    scored += sum("probes" in line for line in lines) * probes
+    assert planned._scored(uninterrupted, source) == scored
+
+
+def test_a_slice_too_small_for_a_probe_of_its_own_ends_no_run(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = generate(16, solutions_per_question=4, seed=1)
+    few = {row["question"] for row in rows[:4]}
+    rows = [{**row, "kind": "few" if row["question"] in few else "many"} for row in rows]
+    table = {"kind": "sequential", "slices": 2, "column": "kind", "probe_rows": 6}
+    trained(run_of(tmp_path / "run", prepared(rows, tmp_path / "d", 4), tiny_folder, strategy=table))
+    found = json.loads((tmp_path / "run" / "forgetting.json").read_text())
+    many = [it["name"] for it in found["slices"]].index("many")
+    assert [[value is None for value in row] for row in found["accuracy"]["held_out"]] == [[many != 0, many != 1]] * 2
+
+
 def test_phases_start_from_the_best_adapter(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """With a rate that harms, the best is not the last; the second phase, with no rate to speak of, stays there."""
     phases = [
@@ -104,7 +125,8 @@ def test_a_cooldown_gives_an_adapter_and_leaves_the_main_line_alone(
 ) -> None:
     for name, cooldowns in (("with", [24]), ("without", [])):
         table = {**COOLDOWN["strategy"], "cooldowns": cooldowns}
-        trained(run_of(tmp_path / name, data, tiny_folder, **{**COOLDOWN, "strategy": table}))
+        _, printed = trained(run_of(tmp_path / name, data, tiny_folder, **{**COOLDOWN, "strategy": table}))
+        assert "lr 0.02, wsd" in printed
     lines = {name: [line for line in metrics(tmp_path / name) if "loss" in line] for name in ("with", "without")}
     assert len(lines["without"]) == 6
     branch = lines["with"][3:5]  # half of the three steps so far, rounded to the even number

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from ..durable import sync_folder
+from ..durable import is_process, sync_folder
 from ..errors import ConfigError, DataError, MissingError, VerituneError
 from .sources import MANIFEST, Source, file_hash
 
@@ -103,22 +103,12 @@ def _settle(out: Path) -> None:
     """Puts right what killed processes left beside `out`: what is unfinished goes, the only dataset there is stays."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
         name, _, kind = left.name.removeprefix(f".{out.name}.").partition(".")
-        if kind not in ("partial", "old") or not name.isdecimal() or _alive(int(name)):
+        if kind not in ("partial", "old") or not name.isdecimal() or is_process(int(name)):
             continue
         if kind == "old" and not out.exists():
             left.rename(out)
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return True
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:

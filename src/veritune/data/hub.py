@@ -4,7 +4,7 @@ A name is `hf://datasets/USER/NAME[@REVISION][/PATH]`. PATH is a file, a folder 
 train split of the parquet conversion that the hub keeps of most datasets; `@~parquet` stands for all of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -14,9 +14,9 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import DataError
+from ..errors import DataError, first_line
+from .sources import HUB
 
-SCHEME = "hf://"
 CONVERTED = "refs/convert/parquet"
 SECONDS = 10.0
 
@@ -31,11 +31,11 @@ def files(name: str, kinds: tuple[str, ...], note: Callable[[str], None]) -> lis
     bare = revision is None and not inside
     revision = CONVERTED if bare else revision
     there = _listed(name, repo, revision, note)
-    names = list(there) if there is not None else _cached(name, repo, revision)
+    names = _cached(name, repo, revision) if there is None else there
     wanted = [file for file in sorted(names) if file.lower().endswith(kinds)]
     if bare:
         inside = _train_split(name, wanted)
-        note(f"{name}: reading {SCHEME}datasets/{repo}@~parquet/{inside}")
+        note(f"{name}: reading {HUB}datasets/{repo}@~parquet/{inside}")
     wanted = [file for file in wanted if _means(inside, file)]
     if not wanted:
         shown = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
@@ -45,14 +45,14 @@ def files(name: str, kinds: tuple[str, ...], note: Callable[[str], None]) -> lis
         try:
             path = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=there is None)
         except (OSError, httpx.HTTPError) as error:  # the hub's own errors are OSErrors
-            raise DataError(f"{name}: {file} cannot be downloaded: {_first_line(error)}") from None
-        out.append((f"{SCHEME}datasets/{repo}{_at(revision)}/{file}", Path(path)))
+            raise DataError(f"{name}: {file} cannot be downloaded: {first_line(error)}") from None
+        out.append((f"{HUB}datasets/{repo}{_at(revision)}/{file}", Path(path)))
     return out
 
 
 def _parts(name: str) -> tuple[str, str | None, str]:
     """The dataset, its revision if one is named, and the path inside it."""
-    kind, *parts = name.removeprefix(SCHEME).strip("/").split("/")
+    kind, *parts = name.removeprefix(HUB).strip("/").split("/")
     user, repo = (*parts, "", "")[:2]
     repo, _, revision = repo.partition("@")
     revision = CONVERTED if revision == "~parquet" else unquote(revision)
@@ -70,7 +70,7 @@ def _at(revision: str | None) -> str:
     return "@~parquet" if revision == CONVERTED else f"@{quote(revision, safe='')}" if revision else ""
 
 
-def _listed(name: str, repo: str, revision: str | None, note: Callable[[str], None]) -> Iterable[str] | None:
+def _listed(name: str, repo: str, revision: str | None, note: Callable[[str], None]) -> list[str] | None:
     """The files of a revision, as the hub says; None if only the cache can be asked."""
     if constants.is_offline_mode():
         return None
@@ -81,7 +81,7 @@ def _listed(name: str, repo: str, revision: str | None, note: Callable[[str], No
         if revision == CONVERTED:
             raise DataError(
                 f"{name}: the hub keeps no parquet conversion of this dataset; name its files, such as "
-                f"{SCHEME}datasets/{repo}@main/train.jsonl, or all of them with @main"
+                f"{HUB}datasets/{repo}@main/train.jsonl, or all of them with @main"
             ) from None
         raise DataError(f"{name}: the dataset has no revision {revision!r}") from None
     except RepositoryNotFoundError:
@@ -89,7 +89,7 @@ def _listed(name: str, repo: str, revision: str | None, note: Callable[[str], No
             f"{name}: the hub has no such dataset, or it is private or gated and HF_TOKEN does not open it"
         ) from None
     except (HfHubHTTPError, httpx.HTTPError) as error:
-        note(f"{name}: the hub cannot be asked ({_first_line(error)}); looking into {constants.HF_HUB_CACHE}")
+        note(f"{name}: the hub cannot be asked ({first_line(error)}); looking into {constants.HF_HUB_CACHE}")
         return None
 
 
@@ -121,7 +121,3 @@ def _train_split(name: str, converted: list[str]) -> str:
 
 def _means(inside: str, file: str) -> bool:
     return not inside or file == inside or file.startswith(f"{inside}/") or fnmatchcase(file, inside)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -13,7 +13,6 @@ import polars as pl
 
 from ..config import Columns
 from ..errors import DataError, MissingError, VerituneError
-from . import hub
 from .chunks import Chunk, Note, Tick, csv_chunks, json_chunks, table_chunks
 from .tables import read_csv_table, read_json_table
 
@@ -26,6 +25,7 @@ KINDS = {
     ".csv.gz": "csv",
     ".parquet": "parquet",
 }
+HUB = "hf://"
 MANIFEST = "manifest.json"
 
 
@@ -45,7 +45,9 @@ def find_files(named: list[str], note: Note) -> list[Source]:
     """
     found: dict[str, Source] = {}
     for name in named:
-        if name.startswith(hub.SCHEME):
+        if name.startswith(HUB):
+            from . import hub  # the hub's client takes longer to import than all else here
+
             for shown, file in hub.files(name, tuple(KINDS), note):
                 found[shown] = Source(shown, file, file.stat().st_size)
             continue

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from .load import layers
 from .narrow import NarrowLayer
 
@@ -46,7 +47,7 @@ def compile_layers(
     try:
         compiled = compute()
     except Exception as error:  # whatever a compiler of kernels can raise, plain layers still work
-        reason = f"compiling failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        reason = f"compiling failed: {first_line(error)}"
     else:
         off = float((compiled - plain).norm() / plain.norm())
         # Rounding leaves the part along the plain ones as it is, within some per cent; a wrong factor does not.
@@ -60,7 +61,7 @@ def compile_layers(
 
 def _take_gradients(embeddings: torch.nn.Module) -> None:
     """Lets what a model's frozen embeddings give take part in gradients: the first layer is then the same code as the
-    others, which halves the compiling, for a product more of each of its q, k and v, 0.2 % of a step."""
+    others and not compiled apart, for a product more of each of its q, k and v."""
 
     def hook(module: torch.nn.Module, inputs: Any, out: Tensor) -> None:
         if torch.is_grad_enabled() and not out.requires_grad:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import config
-from ..errors import ConfigError, MissingError, ModelError, RoomError
+from ..errors import ConfigError, MissingError, ModelError, RoomError, first_line
 from ..tokens.encode import Ids
 from . import gguf, hub
 from .verdict import Way
@@ -93,10 +93,9 @@ def load_base(settings: config.Model) -> Base:
             "End what else runs on the GPU; model.base = 'nf4' takes a quarter of the memory of 'bf16'"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path = {path!r}: cannot be loaded: {reason}. It must be a hub id (with a network, or in the local "
-            "cache), a folder with config.json, weights and tokenizer.json, or a .gguf file"
+            f"model.path = {path!r}: cannot be loaded: {first_line(error)}. It must be a hub id (with a network, or in "
+            "the local cache), a folder with config.json, weights and tokenizer.json, or a .gguf file"
         ) from error
     model.requires_grad_(False)
     model.eval()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import found as checkpoints
+from ..durable import is_process
 from ..errors import DataError, MissingError
 from ..training import status as statuses
 from ..training.runfolder import RUN
@@ -120,7 +121,7 @@ class RunFolder:
 
     def _alive(self, session: dict[str, Any]) -> bool:
         if session["host"] == socket.gethostname():
-            return _is_process(session["pid"])
+            return is_process(session["pid"])
         return self._fresh()
 
     def _fresh(self) -> bool:
@@ -147,16 +148,6 @@ class RunFolder:
         before = self.status
         self.status = statuses.read(self.path)
         return self.metrics.update() or self.status != before
-
-
-def _is_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def read(path: Path) -> RunFolder:

@@ -28,7 +28,7 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
         f"{', '.join(f'{len(part.rows):,}' for part in state.source.slices)} rows)",
         "memory": str(state.planned),
         "learning": f"{run.train.optimizer}, lr {run.train.lr:g}, "
-        f"{'wsd' if run.strategy.kind == 'stream' else run.train.schedule}",
+        + ", ".join(dict.fromkeys(phase.settings.schedule for phase in plan.phases)),
         "answers": " / ".join(state.encoder.frame.answers),
         "folder": f"{run.out}" + (f", going on after step {done:,}" if done else ""),
     }
