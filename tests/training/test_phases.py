@@ -96,13 +96,14 @@ def test_a_plan_counts_the_rows_that_the_run_scored(uninterrupted: config.Run) -
 
 def test_a_slice_too_small_for_a_probe_of_its_own_ends_no_run(tiny_folder: Path, tmp_path: Path) -> None:
     rows = generate(16, solutions_per_question=4, seed=1)
-    few = {row["question"] for row in rows[:4]}
-    rows = [{**row, "kind": "few" if row["question"] in few else "many"} for row in rows]
-    table = {"kind": "sequential", "slices": 2, "column": "kind", "probe_rows": 6}
+    small = {row["question"]: f"small {number // 4}" for number, row in enumerate(rows[:8])}
+    rows = [{**row, "kind": small.get(row["question"], "large")} for row in rows]
+    table = {"kind": "sequential", "slices": 3, "column": "kind", "probe_rows": 6}
     trained(run_of(tmp_path / "run", prepared(rows, tmp_path / "d", 4), tiny_folder, strategy=table))
     found = json.loads((tmp_path / "run" / "forgetting.json").read_text())
-    many = [it["name"] for it in found["slices"]].index("many")
-    assert [[value is None for value in row] for row in found["accuracy"]["held_out"]] == [[many != 0, many != 1]] * 2
+    assert [it["name"] for it in found["slices"]] == ["large", "small 0", "small 1"]
+    assert [[value is None for value in row] for row in found["accuracy"]["held_out"]] == [[False, True, True]] * 3
+    assert found["average_forgetting"]["held_out"] is not None
 
 
 def test_phases_start_from_the_best_adapter(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
