@@ -86,12 +86,17 @@ def test_a_stop_changes_nothing_wherever_it_comes(uninterrupted: config.Run, tmp
             assert left.replace(uninterrupted.out.encode(), again.out.encode()) == right
 
 
-def test_a_plan_counts_the_rows_that_the_run_scored(uninterrupted: config.Run) -> None:
-    lines, source = metrics(Path(uninterrupted.out)), feed.read(uninterrupted)
+def test_a_plan_counts_the_rows_that_the_run_scored(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Also where a cooldown leaves a phase in its middle."""
+    table = {**COOLDOWN["strategy"], "cooldowns": [16]}
+    run = run_of(tmp_path / "run", data, tiny_folder, **{**COOLDOWN, "strategy": table})
+    trained(run)
+    lines, source = metrics(tmp_path / "run"), feed.read(run)
+    assert [phase.kind for phase in source.plan.phases] == ["part", "cooldown", "whole", "whole"]
     probes = sum(len(it.trained) + (0 if it.held_out is None else len(it.held_out)) for it in source.slices)
     scored = sum("validation" in line for line in lines) * len(source.validation.labels)
     scored += sum("probes" in line for line in lines) * probes
-    assert planned._scored(uninterrupted, source) == scored
+    assert planned._scored(run, source) == scored
 
 
 def test_a_slice_too_small_for_a_probe_of_its_own_ends_no_run(tiny_folder: Path, tmp_path: Path) -> None:
