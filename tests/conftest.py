@@ -1,6 +1,7 @@
 """What tests of several parts share: a tiny model's folder, the demo's model, and the folder beside the repository."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tiny_models import write_folder
+
+
+@pytest.fixture(autouse=True)
+def _default_stream(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU: recording leaves the thread on a stream of its own, beside which the next test's work would run."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    before = torch.cuda.current_stream()
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(before)
 
 
 @pytest.fixture(scope="session")

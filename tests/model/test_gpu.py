@@ -1,7 +1,5 @@
 """On a CUDA GPU: the flash path, compiled and not, against stock transformers + PEFT row by row, in bf16."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -12,20 +10,12 @@ from veritune import config
 from veritune.model import adapter, attention, graphs, load, precision, self_check
 from veritune.model import compiled as compiled_layers
 from veritune.model.compiled import compile_layers
+from veritune.model.head import WideHead
 from veritune.model.verdict import label_logits, label_loss, rowwise_logits
 from veritune.tokens.trie import build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ANSWERS = (3, 4)
-
-
-@pytest.fixture(autouse=True)
-def _stream() -> Iterator[None]:
-    """Recording leaves the thread on a stream of its own, and what the next test compares may run on another."""
-    before = torch.cuda.current_stream()
-    yield
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(before)
 
 
 def make(heads: int, key_heads: int) -> load.Base:
@@ -178,3 +168,24 @@ def test_shared_keys_sum_their_gradients_in_float32(key_heads: int):
     exact = torch.zeros(100, key_heads, 64, device="cuda", dtype=torch.float64).index_add_(0, path, entries.double())
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
     assert torch.equal(found, sum_paths(entries, *attention.uses(path, 100), like))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_summed_and_kept_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(576, 10_000, bias=False, device="cuda", dtype=dtype).requires_grad_(False)
+    exact = plain.weight.double()
+    plain.__class__ = WideHead
+    x = torch.randn(37, 576, device="cuda", dtype=dtype, requires_grad=True)
+    found = plain(x)
+    wanted = x.detach().double() @ exact.t()
+    assert found.dtype == torch.float32
+    assert float((found.detach() - wanted).abs().max()) < 1e-4
+    labels = torch.arange(37, device="cuda")
+    torch.nn.functional.cross_entropy(found, labels).backward()
+    y = wanted.requires_grad_(True)
+    torch.nn.functional.cross_entropy(y, labels).backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    grad = y.grad @ exact
+    assert float((x.grad.double() - grad).norm() / grad.norm()) < 0.005

@@ -23,6 +23,7 @@ from .. import config
 from ..errors import ConfigError, MissingError, ModelError, RoomError, first_line
 from ..tokens.encode import Ids
 from . import gguf, hub
+from .head import widen
 from .verdict import Way
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp8": torch.bfloat16}
@@ -99,6 +100,7 @@ def load_base(settings: config.Model) -> Base:
         ) from error
     model.requires_grad_(False)
     model.eval()
+    widen(model)
     return Base(model, tokenizer, device, precision, path)
 
 

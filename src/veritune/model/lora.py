@@ -12,6 +12,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
+from .head import WideHead
 from .precision import Kind, frozen_parts, plus, plus_back, single_absmax
 
 
@@ -71,10 +72,10 @@ class FastLinear4bit(Linear4bit):
 
 
 def speed_up(model: torch.nn.Module) -> None:
-    """Gives every plain LoRA linear of a PEFT model the faster forward."""
+    """Gives every plain LoRA linear of a PEFT model the faster forward, but one on a head of float32 results."""
     module: Any
     for module in model.modules():
-        if type(module) is Linear:
+        if type(module) is Linear and not isinstance(module.base_layer, WideHead):
             module.__class__ = FastLinear
         elif type(module) is Linear4bit:
             module.__class__ = FastLinear4bit
