@@ -4,7 +4,7 @@
 
 The pool must come from a sweep without a pruner. For each seed its trials come in another random order; each is given
 to Optuna's own ASHA pruner validation by validation, and costs its seconds up to where it was stopped. Prints, against
-the whole pool: the share of the best validation AUROC that the trial chosen by ASHA (lowest log loss) reaches, and the
+the whole pool: the share of the best validation AUROC that the trial chosen by ASHA (lowest loss) reaches, and the
 share of the time. Diverged trials cost what they cost in the pool, in both. Needs the extra `sweep`.
 """
 
@@ -28,14 +28,14 @@ def replay(pool: list[dict[str, Any]], order: list[int], reduction: int, rungs: 
         curve, stopped = recorded["curve"], False
         for point in curve:
             rung = int(rungs * point["step"] / recorded["steps"] + 1e-9)
-            trial.report(point["log_loss"], rung)
+            trial.report(point["loss"], rung)
             if rung < rungs and trial.should_prune():
                 spent, stopped = spent + point["seconds"], True
                 break
         if not stopped:
             spent += recorded["seconds"] or 0.0
             if recorded["state"] == "complete":
-                best = min(best, (recorded["log_loss"], recorded["auroc"]))
+                best = min(best, (recorded["loss"], recorded["auroc"]))
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return best[1], spent
 

@@ -41,7 +41,7 @@ def test_a_real_run(finished: Path) -> None:
     assert run.state() == ("finished", "")
     assert (run.metrics.done, run.steps, run.phase()) == (6, 6, "all")
     assert [entry["step"] for entry in run.metrics.validations] == [2, 4, 6]
-    assert run.metrics.best == min(run.metrics.validations, key=lambda entry: entry["log_loss"])
+    assert run.metrics.best == min(run.metrics.validations, key=lambda entry: entry["loss"])
     assert {len(values) for values in run.metrics.steps.values()} == {6}
     assert run.settings["train"]["lr"] == 1e-3
 
@@ -54,7 +54,7 @@ def test_lines_are_taken_as_they_come_and_again_after_a_resume(fresh: Path) -> N
     for step in range(1, 200):
         tracker.log(step, loss=1 / step, lr=0.1, grad_norm=1.0, rows=2, seconds=0.5)
         if step % 50 == 0:
-            tracker.log(step, validation={"log_loss": step})
+            tracker.log(step, validation={"loss": step})
         if step % 7 == 0:
             assert metrics.update()
             assert metrics.done == step

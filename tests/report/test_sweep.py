@@ -33,12 +33,12 @@ def trial(number: int, rng: np.random.Generator, **over: Any) -> dict[str, Any]:
     diverged = lr > EDGE
     loss = 0.4 + 0.05 * math.log10(lr / 3e-4) ** 2 + 0.001 * rng.normal()
     curve = [
-        {"step": s, "rows": s * 100, "seconds": float(s), "log_loss": loss + 0.3 / s, "auroc": 0.8, "accuracy": 0.7}
+        {"step": s, "rows": s * 100, "seconds": float(s), "loss": loss + 0.3 / s, "auroc": 0.8, "accuracy": 0.7}
         for s in range(1, 3 if diverged else 7)
     ]
     return {
         "trial": number, "state": "diverged" if diverged else "complete", "params": params,
-        "log_loss": curve[-1]["log_loss"], "auroc": 0.8, "accuracy": 0.7, "best_step": 6, "steps": 6, "steps_done": 6,
+        "loss": curve[-1]["loss"], "auroc": 0.8, "accuracy": 0.7, "best_step": 6, "steps": 6, "steps_done": 6,
         "rows_done": 600, "seconds": 6.0, "curve": curve, "error": None, "attempts": 1, "worker": "gpu:1",
         "started": "2026-11-24T09:23:57", "finished": "2026-11-24T09:24:01",
     } | over  # fmt: skip
@@ -75,14 +75,14 @@ def test_every_section_is_there(made: Path, tmp_path: Path) -> None:
     assert "nan" not in text
     best = trials.read(made).best()
     assert best
-    assert f"{best['log_loss']:.4f}" in found.text
+    assert f"{best['loss']:.4f}" in found.text
     assert 'out = "<best>"' in found.text
     assert "diverges from 0.00" in found.text
 
 
 def test_trials_of_every_kind_make_a_page(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    nothing = {"log_loss": None, "auroc": None, "accuracy": None, "best_step": None, "curve": [], "seconds": None}
+    nothing = {"loss": None, "auroc": None, "accuracy": None, "best_step": None, "curve": [], "seconds": None}
     every = [
         trial(0, rng),
         trial(1, rng, state="pruned"),
@@ -139,14 +139,14 @@ def test_choices_are_counted(made: Path) -> None:
     assert [kind.choice for kind in kinds] == ["adamw_torch", "lion_8bit"]
     assert sum(kind.trials for kind in kinds) == 40
     assert sum(kind.diverged for kind in kinds) == sum(t["state"] == "diverged" for t in sweep.trials)
-    assert min(kind.best for kind in kinds) == min(t["log_loss"] for t in sweep.measured())
+    assert min(kind.best for kind in kinds) == min(t["loss"] for t in sweep.measured())
 
 
 def test_the_surface_is_lowest_where_trials_are(made: Path) -> None:
     sweep = trials.read(made)
     x, y = (trials.axis(key, SPACE[key]) for key in ("train.lr", "train.schedule"))
     used = sweep.measured()
-    cells = trials.surface(x, y, used, np.array([t["log_loss"] for t in used]))
+    cells = trials.surface(x, y, used, np.array([t["loss"] for t in used]))
     assert cells.shape == (2, 16)
     low = math.log(3e-4 / 1e-6) / math.log(0.5 / 1e-6)  # the bowl's lowest place
     deepest = np.where(np.isnan(cells), np.inf, cells).min(0).argmin()

@@ -37,9 +37,9 @@ def test_runs_is_a_line_each(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "odd" / "run.json").write_text("{")
     text = printed(show_runs, tmp_path)
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
-    log_loss = min(json.loads((finished / "evaluation.json").read_text())["validation"]["log_loss"], 9)
+    loss = min(json.loads((finished / "evaluation.json").read_text())["validation"]["loss"], 9)
     assert lines["good"][1:4] == ["finished", "all", "6/6"]
-    assert float(lines["good"][5]) <= log_loss + 1e-3
+    assert float(lines["good"][5]) <= loss + 1e-3
     assert lines["[bold]broke"][1] == "failed"
     assert lines["odd"][1] == "damaged"
     assert "[bold]broke: NonFiniteError: step 4: [red]the loss" in text

@@ -72,15 +72,15 @@ def test_a_sweep_leaves_trials_results_and_a_run_file(whole: tuple[list[dict[str
         assert trial["state"] == "complete"
         assert [point["step"] for point in trial["curve"]] == [2, 4, 6]
         assert [point["rows"] for point in trial["curve"]] == [16, 32, 48]
-        assert trial["log_loss"] == min(point["log_loss"] for point in trial["curve"])
+        assert trial["loss"] == min(point["loss"] for point in trial["curve"])
         assert trial["steps"] == trial["steps_done"] == 6
         assert 0 < trial["curve"][0]["seconds"] < trial["curve"][-1]["seconds"] <= trial["seconds"]
         its = folder / "trials" / f"{trial['trial']:04d}"
         lines = [json.loads(text) for text in (its / "metrics.jsonl").read_text().splitlines()]
-        validated = [line["validation"]["log_loss"] for line in lines if "validation" in line]
-        assert validated == [point["log_loss"] for point in trial["curve"]]
+        validated = [line["validation"]["loss"] for line in lines if "validation" in line]
+        assert validated == [point["loss"] for point in trial["curve"]]
         assert not (its / "checkpoints").exists()
-    best = min(trials, key=lambda trial: trial["log_loss"])
+    best = min(trials, key=lambda trial: trial["loss"])
     results = json.loads((folder / "results.json").read_text())
     assert results["best"]["trial"] == best["trial"]
     assert results["states"] == {"complete": 3}
@@ -89,7 +89,7 @@ def test_a_sweep_leaves_trials_results_and_a_run_file(whole: tuple[list[dict[str
     assert found == space.apply(run, best["params"])
     assert found.data.rows is None
     assert f"veritune train {folder / 'best.toml'}" in printed
-    assert printed.count("complete, log loss") == 3
+    assert printed.count("complete, loss") == 3
 
 
 def test_a_trial_is_the_run_that_train_makes_of_its_settings(
@@ -127,7 +127,7 @@ def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
         search.sweep(short, chosen, SPACE, Console(file=printed, width=200))
     assert "given back; the same command goes on" in printed.getvalue()
     found, _, _ = swept(values)
-    keys = ("params", "log_loss", "auroc", "state")
+    keys = ("params", "loss", "auroc", "state")
     assert [[trial[key] for key in keys] for trial in found] == [[trial[key] for key in keys] for trial in whole[0]]
 
 

@@ -46,7 +46,7 @@ def test_a_finished_run_and_its_second_start(tiny_folder: Path, tmp_path: Path) 
 
     # The kept scores are those that the logged figures were made of.
     logged = {line["step"]: line["validation"] for line in metrics(folder) if "validation" in line}
-    best = min(logged, key=lambda step: logged[step]["log_loss"])
+    best = min(logged, key=lambda step: logged[step]["loss"])
     for name, step in (("last", 6), ("best", best)):
         scores = pl.read_parquet(folder / status.SCORES[name])
         assert scores["step"].unique().to_list() == [step]

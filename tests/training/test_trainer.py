@@ -25,7 +25,7 @@ from veritune.data.generate import generate
 from veritune.errors import BusyError, ConfigError, DataError, ModelError, NonFiniteError
 from veritune.model.verdict import label_logits, label_loss
 from veritune.model.verifier import Verifier
-from veritune.quality.metrics import measure
+from veritune.quality.metrics import log_loss, measure
 from veritune.tokens.trie import build
 from veritune.training import checkpoint, progress, trainer
 from veritune.training import plan as plans
@@ -94,7 +94,7 @@ def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: P
     assert left["validation"]["log_loss"] == validations[6]["log_loss"] == quality["log_loss"]
     assert json.loads((out / "run.json").read_text())["settings"] == config.as_dict(run)
     assert "6 of 8 examples" in printed
-    best = min(validations, key=lambda step: validations[step]["log_loss"])
+    best = min(validations, key=lambda step: validations[step]["loss"])
     assert best < 6  # at this learning rate it gets worse
     prepared_data = dataset.load(data)
     for name, step in (("adapter", 6), ("best", best)):
@@ -107,6 +107,9 @@ def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: P
         again = measure(rows.labels, p, rows.groups)
         assert again["confusion"] == validations[step]["confusion"]
         assert again["log_loss"] == pytest.approx(validations[step]["log_loss"], rel=1e-9)
+        share = float(prepared_data.train["is_correct"].mean())
+        weighted = log_loss(rows.labels, p, share)
+        assert weighted == pytest.approx(validations[step]["loss"], rel=1e-9)
 
 
 # A stop changes nothing.

@@ -83,12 +83,20 @@ def brier(labels: Bools, p: Floats) -> float:
     return float(np.mean((p - labels) ** 2)) if len(p) else float("nan")
 
 
-def log_loss(labels: Bools, p: Floats) -> float:
-    """The mean of -log P(the row's label), in nats, lower is better; p is first moved into [CLIP, 1 - CLIP]."""
+def log_loss(labels: Bools, p: Floats, share: float | None = None) -> float:
+    """The mean of -log P(the row's label), in nats, lower is better; p is first moved into [CLIP, 1 - CLIP].
+
+    `share`: correct and incorrect rows weigh as if that share of all were correct (importance weights for a shift of
+    labels, Saerens et al. 2002); where one kind is not there, the other is all.
+    """
     if not len(p):
         return float("nan")
     p = np.clip(p, CLIP, 1 - CLIP)
-    return float(-np.mean(np.where(labels, np.log(p), np.log1p(-p))))
+    losses = -np.where(labels, np.log(p), np.log1p(-p))
+    have = float(labels.mean())
+    if share is None or have in (0, 1):
+        return float(np.mean(losses))
+    return float(np.mean(losses * np.where(labels, share / have, (1 - share) / (1 - have))))
 
 
 def point(labels: Bools, p: Floats) -> dict[str, float]:

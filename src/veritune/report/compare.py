@@ -57,13 +57,13 @@ def summary(runs: Sequence[RunFolder], short: Sequence[str]) -> Section:
     rows = []
     for one, name in zip(runs, short, strict=True):
         best = one.metrics.best or {}
-        cells = [number(best.get("log_loss"))]
+        cells = [number(best.get("loss"))]
         cells += [f"{number(best.get(key))}  {between(best.get(f'{key}_interval'))}" for key in ("auroc", "accuracy")]
         of = f" of {one.steps:,}" if one.steps else ""
         time = duration(run.hours(one) * 3600)
         rows.append((name, one.state()[0], f"{one.metrics.done:,}{of}", *cells, time, run.device(one)))
-    head = ("run", "state", "steps", "log loss", "AUROC", "accuracy", "time", "machine")
-    return Section("summary", "Summary", [Table(rows, head)], "Each run's best validation (lowest log loss).")
+    head = ("run", "state", "steps", "loss", "AUROC", "accuracy", "time", "machine")
+    return Section("summary", "Summary", [Table(rows, head)], "Each run's best validation (lowest loss).")
 
 
 def what(runs: Sequence[RunFolder], short: Sequence[str], data: Path | None) -> Section:
@@ -113,7 +113,7 @@ def spent(seconds: Sequence[float]) -> list[float]:
 def validation(runs: Sequence[RunFolder], legend: list[tuple[str, str]]) -> Section:
     """Figures on the held-out rows over the steps."""
     blocks = []
-    for key, name in (("log_loss", "Log loss"), ("auroc", "AUROC"), ("accuracy", "Accuracy")):
+    for key, name in (("loss", "Loss"), ("auroc", "AUROC"), ("accuracy", "Accuracy")):
         lines = [run.over_steps(one.metrics.validations, key, i) for i, one in enumerate(runs, 1)]
         if len(runs) > MOST_BANDS:
             lines = [dataclasses.replace(one, low=None, high=None) for one in lines]

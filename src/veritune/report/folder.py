@@ -73,9 +73,9 @@ class Metrics:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation with the lowest log loss."""
-        finite = [entry for entry in self.validations if isinstance(entry.get("log_loss"), int | float)]
-        return min(finite, key=lambda entry: entry["log_loss"], default=None)
+        """The validation with the lowest loss."""
+        finite = [entry for entry in self.validations if isinstance(entry.get("loss"), int | float)]
+        return min(finite, key=lambda entry: entry["loss"], default=None)
 
 
 @dataclass

@@ -73,7 +73,7 @@ def scores(rows: Scored) -> Section:
             title="At threshold 0.5",
         )
     )
-    note = f"{len(p):,} validation rows, after step {rows.step:,} (lowest log loss)."
+    note = f"{len(p):,} validation rows, after step {rows.step:,} (lowest loss)."
     return Section("scores", "Scores", blocks, note)
 
 

@@ -26,7 +26,7 @@ def head(run: RunFolder) -> Section:
     if best:
         for key, name in (("accuracy", "accuracy"), ("auroc", "AUROC")):
             tiles.append((name, number(best[key]), between(best.get(f"{key}_interval"))))
-        tiles.append(("log loss", number(best["log_loss"]), f"best, after step {best['step']:,}"))
+        tiles.append(("validation loss", number(best["loss"]), f"best, after step {best['step']:,}"))
         tiles.append(("validation", f"{best['rows']:,} rows", f"of {best['questions']:,} questions"))
     of = f" of {run.steps:,}" if run.steps else ""
     tiles.append(("steps", f"{run.metrics.done:,}{of}", state))
@@ -113,12 +113,12 @@ def training(run: RunFolder) -> Section:
     smoothed = smooth(steps["loss"])
     losses = [Series(x, steps["loss"], 1, kind="faint"), Series(x, smoothed, 1)]
     legend = [("s1", "training, smoothed")]
-    held = [v for v in run.metrics.validations if isinstance(v.get("log_loss"), int | float)]
+    held = [v for v in run.metrics.validations if isinstance(v.get("loss"), int | float)]
     if held:
-        losses.append(Series([v["step"] for v in held], [v["log_loss"] for v in held], 2, kind="both"))
+        losses.append(Series([v["step"] for v in held], [v["loss"] for v in held], 2, kind="both"))
         legend.append(("s2", "validation"))
     # The first steps of a run can be far above all others: the axis shows the smoothed loss and what is near it.
-    shown = sorted([v for v in [*smoothed, *[e["log_loss"] for e in held]] if v == v]) or [1.0]
+    shown = sorted([v for v in [*smoothed, *[e["loss"] for e in held]] if v == v]) or [1.0]
     top = max(shown[int(len(shown) * 0.98) - 1] * 1.25, shown[-1] if shown[-1] < 4 * shown[len(shown) // 2] else 0)
     blocks = [
         Chart("Loss (nats)", over(losses, y_range=(0, top)), legend),
@@ -148,11 +148,11 @@ def validation(run: RunFolder) -> Section:
         (
             f"{e['step']:,}" + (" (best)" if e is best else ""),
             *(f"{number(e[key])}  {between(e.get(key + '_interval'))}" for key in ("accuracy", "auroc")),
-            *(number(e[key]) for key in ("balanced_accuracy", "f1", "brier", "log_loss")),
+            *(number(e[key]) for key in ("loss", "balanced_accuracy", "f1", "brier", "log_loss")),
         )
         for e in entries
     ]
-    names = ("step", "accuracy", "AUROC", "balanced", "F1", "Brier", "log loss")
+    names = ("step", "accuracy", "AUROC", "loss", "balanced", "F1", "Brier", "log loss")
     blocks.append(Table(rows, names, details=f"All {len(rows):,} validations" if len(rows) > 3 else ""))
     return Section("validation", "Validation", blocks, INTERVALS)
 

@@ -47,7 +47,7 @@ def summary(sweep: Sweep) -> Section:
     tiles = [("trials", f"{len(sweep.trials):,}", ", ".join(f"{n} {state}" for state, n in counts.items() if n))]
     if best:
         tiles += [
-            ("best log loss", number(best["log_loss"], 4), f"trial {best['trial']}"),
+            ("best loss", number(best["loss"], 4), f"trial {best['trial']}"),
             ("its AUROC", number(best["auroc"]), f"after step {best['best_step']:,}"),
             ("its accuracy", number(best["accuracy"]), ""),
         ]
@@ -84,11 +84,11 @@ def learning_rate(sweep: Sweep) -> Section | None:
     if LR not in sweep.space:
         return None
     measured = sweep.measured()
-    top = max([t["log_loss"] for t in measured], default=1.0)
+    top = max([t["loss"] for t in measured], default=1.0)
     series = []
     for state, colour in STATES.items():
         own = [t for t in sweep.trials if t["state"] == state and is_number(t["params"].get(LR))]
-        y = [min(t["log_loss"], top) if is_measured(t) else top * 1.06 for t in own]
+        y = [min(t["loss"], top) if is_measured(t) else top * 1.06 for t in own]
         series.append(Series([t["params"][LR] for t in own], y, colour, state, "points", tips=[tip(t) for t in own]))
     found = cut(sweep, sweep.trials)
     marks = [(found[0], f"diverges from {found[0]:.2g}")] if found else []
@@ -103,7 +103,7 @@ def learning_rate(sweep: Sweep) -> Section | None:
     )
     legend = [(svg.colour(s.colour), s.name) for s in series if s.x]
     note = "Diverged trials stand at the upper edge." if any(s.x for s in series if s.name == "diverged") else ""
-    blocks: list[Any] = [Chart("Lowest validation log loss by learning rate", drawn, legend, note, wide=True)]
+    blocks: list[Any] = [Chart("Lowest validation loss by learning rate", drawn, legend, note, wide=True)]
     rows = [("all", *edge_cells(found))]
     if "train.optimizer" in sweep.space:
         for name in axis("train.optimizer", sweep.space["train.optimizer"]).choices:
@@ -134,7 +134,7 @@ def edge_cells(found: tuple[float, tuple[float, float] | None] | None) -> tuple[
 def tip(trial: dict[str, Any]) -> str:
     """What a trial says when it is pointed at."""
     settings = ", ".join(f"{key.rpartition('.')[2]} {short(value)}" for key, value in trial["params"].items())
-    return f"trial {trial['trial']}, {trial['state']}, log loss {number(trial['log_loss'])}: {settings}"
+    return f"trial {trial['trial']}, {trial['state']}, loss {number(trial['loss'])}: {settings}"
 
 
 def short(value: Any) -> str:
@@ -167,8 +167,8 @@ def contour(sweep: Sweep, x: Axis, y: Axis) -> Markup | None:
     used = [t for t in used if all(math.isfinite(a.value(t)) for a in (x, y))]
     if not used or not sweep.measured():
         return None
-    worst = max(t["log_loss"] for t in sweep.measured())
-    losses = np.array([worst if t["state"] == "diverged" else t["log_loss"] for t in used])
+    worst = max(t["loss"] for t in sweep.measured())
+    losses = np.array([worst if t["state"] == "diverged" else t["loss"] for t in used])
     points = [(x.place(x.value(t)), y.place(y.value(t)), STATES[t["state"]], tip(t)) for t in used]
     return spaces.field(surface(x, y, used, losses), points, x, y)
 
@@ -177,20 +177,20 @@ def together(sweep: Sweep, ranks: list[tuple[str, float, tuple[float, float]]] |
     """Every trial as a line over all settings, the most important first."""
     order = [key for key, *_ in ranks] if ranks else list(sweep.space)
     axes = [axis(key, sweep.space[key]) for key in order]
-    measured = sorted(sweep.measured(), key=lambda t: -t["log_loss"])
+    measured = sorted(sweep.measured(), key=lambda t: -t["loss"])
     if not measured:
         return None
-    worst, lowest = measured[0]["log_loss"], measured[-1]["log_loss"]
+    worst, lowest = measured[0]["loss"], measured[-1]["loss"]
     good = {t["trial"] for t in measured[-max(1, len(measured) // 10) :]}
     lines = []
     for t in [t for t in sweep.trials if t["state"] == "diverged"] + measured:
         kind = BEST if t["trial"] in good else STATES[t["state"]]
-        loss = worst if t["state"] == "diverged" else t["log_loss"]
+        loss = worst if t["state"] == "diverged" else t["loss"]
         # The loss axis counts ranks' distances evenly in the logarithm: good trials lie close together.
         low, high = math.log(max(lowest, 1e-6)), math.log(max(worst, 1e-6))
         at = (math.log(max(loss, 1e-6)) - low) / (high - low) if high > low else 0.5
         lines.append(([a.place(a.value(t)) for a in axes] + [at], kind, t["trial"] in good, tip(t)))
-    drawn = spaces.parallel(lines, axes, ("log loss", f"{lowest:.3g}", f"{worst:.3g}"))
+    drawn = spaces.parallel(lines, axes, ("loss", f"{lowest:.3g}", f"{worst:.3g}"))
     legend = [(svg.colour(BEST), "the best tenth")]
     legend += [(svg.colour(STATES[name]), name) for name in ("complete", "pruned", "diverged")]
     return Section("together", "All settings together", [Chart("One line a trial", drawn, legend, wide=True)])
@@ -198,14 +198,12 @@ def together(sweep: Sweep, ranks: list[tuple[str, float, tuple[float, float]]] |
 
 def curves(sweep: Sweep) -> Section | None:
     """Validation loss over the rows of each trial."""
-    ranked = sorted(
-        (t for t in sweep.trials if t["curve"]), key=lambda t: t["log_loss"] if is_number(t["log_loss"]) else 1e9
-    )
+    ranked = sorted((t for t in sweep.trials if t["curve"]), key=lambda t: t["loss"] if is_number(t["loss"]) else 1e9)
     if not ranked:
         return None
     best, lines, shown = sweep.best(), [], []
     for t in reversed(ranked[:CURVES]):
-        known = [(p["rows"], p["log_loss"]) for p in t["curve"] if is_number(p["log_loss"])]
+        known = [(p["rows"], p["loss"]) for p in t["curve"] if is_number(p["loss"])]
         if not known:
             continue
         first = bool(best) and t["trial"] == best["trial"]
@@ -221,9 +219,7 @@ def curves(sweep: Sweep) -> Section | None:
     legend = [(svg.colour(BEST), "the best")]
     legend += [(svg.colour(STATES[name]), name) for name in ("complete", "pruned", "diverged")]
     more = f"The {CURVES} best of {len(ranked):,} trials. " if len(ranked) > CURVES else ""
-    chart = Chart(
-        "Validation log loss", drawn, legend, f"{more}What lies above the axis is drawn at its edge.", wide=True
-    )
+    chart = Chart("Validation loss", drawn, legend, f"{more}What lies above the axis is drawn at its edge.", wide=True)
     return Section("curves", "Learning curves", [chart])
 
 
@@ -244,10 +240,10 @@ def choices(sweep: Sweep) -> Section | None:
             )
             for one in by_choice(sweep, key)
         ]
-        head = (key, "trials", "diverged", "best log loss", "median", "spread")
+        head = (key, "trials", "diverged", "best loss", "median", "spread")
         blocks.append(Table(rows, head))
     note = (
-        "Spread: between the first and the third quarter of the log loss; the smaller, the steadier. A diverged trial "
+        "Spread: between the first and the third quarter of the loss; the smaller, the steadier. A diverged trial "
         "counts as the worst of all."
     )
     return Section("choices", "Choice by choice", blocks, note) if blocks else None
@@ -255,19 +251,19 @@ def choices(sweep: Sweep) -> Section | None:
 
 def table(sweep: Sweep) -> Section:
     """Every trial, the best first."""
-    order = sorted(sweep.trials, key=lambda t: (not is_measured(t), t["log_loss"] or 0.0, t["trial"]))
+    order = sorted(sweep.trials, key=lambda t: (not is_measured(t), t["loss"] or 0.0, t["trial"]))
     keys = list(sweep.space)
     rows = [
         (
             t["trial"],
             t["state"],
-            *(number(t[key]) for key in ("log_loss", "auroc", "accuracy")),
+            *(number(t[key]) for key in ("loss", "auroc", "accuracy")),
             duration(t["seconds"] or 0.0),
             *(short(t["params"].get(key)) for key in keys),
         )
         for t in order
     ]
-    head = ("trial", "state", "log loss", "AUROC", "accuracy", "time", *(key.rpartition(".")[2] for key in keys))
+    head = ("trial", "state", "loss", "AUROC", "accuracy", "time", *(key.rpartition(".")[2] for key in keys))
     failed = [(t["trial"], str(t.get("error") or "")[:500]) for t in sweep.trials if t["state"] == "failed"]
     blocks = [Table(rows[:10], head, title="The ten best" if len(rows) > 10 else "")]
     if len(rows) > 10:

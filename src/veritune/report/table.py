@@ -60,9 +60,9 @@ def loss(run: folder.RunFolder) -> str:
 
 
 def best(run: folder.RunFolder) -> list[str]:
-    """Log loss, AUROC and accuracy of the best validation."""
+    """Loss, AUROC and accuracy of the best validation."""
     entry = run.metrics.best
-    return [number(entry[key]) for key in ("log_loss", "auroc", "accuracy")] if entry else ["-"] * 3
+    return [number(entry[key]) for key in ("loss", "auroc", "accuracy")] if entry else ["-"] * 3
 
 
 def when(run: folder.RunFolder, state: str) -> str:

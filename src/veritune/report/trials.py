@@ -38,9 +38,9 @@ class Sweep:
         return [t for t in self.trials if is_measured(t)]
 
     def best(self) -> dict[str, Any] | None:
-        """The complete trial with the lowest validation log loss."""
+        """The complete trial with the lowest validation loss."""
         complete = [t for t in self.measured() if t["state"] == "complete"]
-        return min(complete, key=lambda t: t["log_loss"], default=None)
+        return min(complete, key=lambda t: t["loss"], default=None)
 
 
 def is_number(value: Any) -> bool:
@@ -49,7 +49,7 @@ def is_number(value: Any) -> bool:
 
 def is_measured(trial: dict[str, Any]) -> bool:
     """Whether a trial has a validation loss that counts."""
-    return trial["state"] in ("complete", "pruned") and is_number(trial["log_loss"])
+    return trial["state"] in ("complete", "pruned") and is_number(trial["loss"])
 
 
 def is_sweep(path: Path) -> bool:
@@ -63,7 +63,7 @@ def read(path: Path) -> Sweep:
         lines = (path / TRIALS).read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines if line.strip()]
         results = json.loads((path / RESULTS).read_text(encoding="utf-8"))
-        needed = ("trial", "state", "params", "log_loss", "auroc", "accuracy", "seconds", "curve")
+        needed = ("trial", "state", "params", "loss", "auroc", "accuracy", "seconds", "curve")
         if not all(key in trial for trial in found for key in needed) or not isinstance(results["space"], dict):
             raise ValueError("something is missing in it")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -112,8 +112,8 @@ def importance(sweep: Sweep) -> list[tuple[str, float, tuple[float, float]]] | N
     used = [t for t in sweep.trials if t["state"] == "diverged" or is_measured(t)]
     if len(used) < 8 or len(sweep.space) < 2:
         return None
-    worst = max((t["log_loss"] for t in sweep.measured()), default=1.0)
-    losses = [t["log_loss"] if t["state"] != "diverged" else worst + 1.0 for t in used]
+    worst = max((t["loss"] for t in sweep.measured()), default=1.0)
+    losses = [t["loss"] if t["state"] != "diverged" else worst + 1.0 for t in used]
     kinds = {key: _distribution(spec) for key, spec in sweep.space.items()}
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -217,11 +217,11 @@ class Kind:
 
 def by_choice(sweep: Sweep, key: str) -> list[Kind]:
     """What became of the trials with each choice of a setting, in the order of the choices."""
-    worst = max((t["log_loss"] for t in sweep.measured()), default=float("nan"))
+    worst = max((t["loss"] for t in sweep.measured()), default=float("nan"))
     out = []
     for choice in axis(key, sweep.space[key]).choices:
         own = [t for t in sweep.trials if str(t["params"].get(key)) == choice]
-        losses = [t["log_loss"] for t in own if is_measured(t)]
+        losses = [t["loss"] for t in own if is_measured(t)]
         diverged = sum(t["state"] == "diverged" for t in own)
         all_losses = [*losses, *[worst] * diverged]
         low, middle, high = np.quantile(all_losses, [0.25, 0.5, 0.75]) if all_losses else [float("nan")] * 3

@@ -119,14 +119,14 @@ class Board:
             taken.trial.set_user_attr("info", taken.info)
             taken.trial.set_user_attr("curve", taken.curve)
             if rung not in self.storage.get_trial(taken.trial._trial_id).intermediate_values:
-                taken.trial.report(entry["log_loss"], rung)
+                taken.trial.report(entry["loss"], rung)
             return not last and taken.trial.should_prune()
 
     def finish(self, taken: Taken, state: State, error: str | None = None) -> None:
         """Records a trial's end."""
         with self.own(taken):
             taken.trial.set_user_attr("info", taken.info | {"state": state, "error": error})
-            value = min(point["log_loss"] for point in taken.curve) if state == "complete" else None
+            value = min(point["loss"] for point in taken.curve) if state == "complete" else None
             self.study.tell(taken.trial, value, TOLD[state])
 
     def release(self, taken: Taken) -> None:
@@ -347,13 +347,13 @@ def name(value: Any) -> Any:
 def line(trial: FrozenTrial) -> dict[str, Any]:
     """A trial as a line of trials.jsonl; see docs/sweep.md."""
     info, curve = trial.user_attrs.get("info", {}), trial.user_attrs.get("curve", [])
-    best = min(curve, key=lambda point: point["log_loss"], default={})
+    best = min(curve, key=lambda point: point["loss"], default={})
     state = info.get("state") if trial.state.is_finished() else trial.state.name.lower()
     values = {
         "trial": trial.number,
         "state": state or "failed",
         "params": trial.params,
-        **{key: best.get(key) for key in ("log_loss", "auroc", "accuracy")},
+        **{key: best.get(key) for key in ("loss", "auroc", "accuracy")},
         "best_step": best.get("step"),
         **{key: info.get(key) for key in ("steps", "steps_done", "rows_done", "seconds")},
         "curve": curve,

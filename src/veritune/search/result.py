@@ -23,9 +23,9 @@ def lines(board: Board) -> list[dict[str, Any]]:
 
 
 def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The complete trial with the lowest validation log loss."""
+    """The complete trial with the lowest validation loss."""
     complete = [trial for trial in trials if trial["state"] == "complete"]
-    return min(complete, key=lambda trial: trial["log_loss"], default=None)
+    return min(complete, key=lambda trial: trial["loss"], default=None)
 
 
 def write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
@@ -65,8 +65,8 @@ def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> 
     default, values = config.as_dict(config.Run(out="")), config.as_dict(found)
     count = sum(trial.state.is_finished() for trial in board.trials())
     text = [
-        f"# The best of {count} trials of {board.folder.name}: trial {best['trial']}, validation log loss "
-        f"{best['log_loss']:.4f},",
+        f"# The best of {count} trials of {board.folder.name}: trial {best['trial']}, validation loss "
+        f"{best['loss']:.4f},",
         f"# AUROC {best['auroc'] or float('nan'):.4f}, after {best['best_step']} steps on {rows:,} rows.",
         f"#   veritune train {board.folder / 'best.toml'}",
         f"out = {toml(found.out)}",
@@ -87,7 +87,7 @@ def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> 
 
 def tell(trial: dict[str, Any], best: dict[str, Any] | None, console: Console) -> None:
     """One line for a trial that ended."""
-    figures = f", log loss {trial['log_loss']:.4f}, AUROC {shown(trial['auroc'])}" if trial["curve"] else ""
+    figures = f", loss {trial['loss']:.4f}, AUROC {shown(trial['auroc'])}" if trial["curve"] else ""
     done = f", {trial['steps_done']}/{trial['steps']} steps in {trial['seconds']:.1f} s" if trial["steps"] else ""
     mark = "; the best so far" if best and best["trial"] == trial["trial"] else ""
     why = f": {trial['error']}" if trial["state"] == "failed" else ""
@@ -97,15 +97,15 @@ def tell(trial: dict[str, Any], best: dict[str, Any] | None, console: Console) -
 
 def show(board: Board, trials: list[dict[str, Any]], console: Console) -> None:
     """The best trials as a table, and what became of all."""
-    ranked = sorted((t for t in trials if t["state"] == "complete"), key=lambda trial: trial["log_loss"])
+    ranked = sorted((t for t in trials if t["state"] == "complete"), key=lambda trial: trial["loss"])
     table = Table(box=None, padding=(0, 2, 0, 0))
     keys = [axis.key for axis in board.axes]
-    for heading in ("trial", "log loss", "AUROC", "accuracy", "s", *(key.rpartition(".")[2] for key in keys)):
+    for heading in ("trial", "loss", "AUROC", "accuracy", "s", *(key.rpartition(".")[2] for key in keys)):
         table.add_column(heading)
     for trial in ranked[:SHOWN]:
         table.add_row(
             str(trial["trial"]),
-            *(shown(trial[key]) for key in ("log_loss", "auroc", "accuracy")),
+            *(shown(trial[key]) for key in ("loss", "auroc", "accuracy")),
             f"{trial['seconds']:.0f}",
             *(shown(trial["params"].get(key)) for key in keys),
         )

@@ -95,10 +95,10 @@ class Watcher:
             if values.get("skipped"):
                 raise Diverged(f"the gradient is not finite: its norm is {values['grad_norm']}")
         elif "validation" in values:
-            found = {key: values["validation"][key] for key in ("log_loss", "auroc", "accuracy")}
+            found = {key: values["validation"][key] for key in ("loss", "auroc", "accuracy")}
             info |= {"steps": steps, "steps_done": step, "rows_done": self.rows, "seconds": round(self.seconds, 3)}
-            if not math.isfinite(found["log_loss"]):
-                raise Diverged(f"the validation's log loss is {found['log_loss']}")
+            if not math.isfinite(found["loss"]):
+                raise Diverged(f"the validation's loss is {found['loss']}")
             entry = {"step": step, "rows": self.rows, "seconds": round(self.seconds, 3), **found}
             rung = math.floor(settings.validations * step / steps + 1e-9)
             if self.board.report(self.taken, entry, rung, last=step == steps):

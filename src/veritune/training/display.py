@@ -85,7 +85,7 @@ class Display:
         interval = f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
         self._console.print(
             f"step {done:,}: on {quality['rows']:,} held-out rows accuracy {quality['accuracy']:.3f}{interval}, "
-            f"AUROC {quality['auroc']:.3f}, log loss {quality['log_loss']:.3f}",
+            f"AUROC {quality['auroc']:.3f}, loss {quality['loss']:.3f}",
             highlight=False,
         )
 

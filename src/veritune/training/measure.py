@@ -22,10 +22,17 @@ FORGETTING = "forgetting.json"
 
 
 def validate(state: "Training", stop: Session) -> tuple[dict[str, Any], np.ndarray]:
-    """Figures on the run's validation rows, and P(correct) of each. Raises Stop."""
+    """Figures on the run's validation rows, and P(correct) of each. `loss` is the log loss with both labels weighing as
+    much as in train, so that it compares with the training loss and ranks adapters, where labels have another share, by
+    what they have learnt and not by that share. Raises Stop."""
     held = state.validation
     p = _scores(state, held, stop)
-    return state.world.from_first(lambda: metrics.measure(held.labels, p, held.groups)), p
+
+    def figures() -> dict[str, Any]:
+        loss = metrics.log_loss(held.labels, p, float(state.train.labels.mean()))
+        return {**metrics.measure(held.labels, p, held.groups), "loss": loss}
+
+    return state.world.from_first(figures), p
 
 
 def probe(state: "Training", phase: Phase, validation: dict[str, Any], stop: Session) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class At:
     validated: int = 0
     """The step of the last validation."""
     best: float = math.inf
-    """The lowest validation log loss."""
+    """The lowest validation loss."""
     best_step: int = 0
     """The step of that validation."""
     best_quality: dict[str, Any] | None = None

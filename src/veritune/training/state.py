@@ -41,7 +41,7 @@ class Training:
     planned: room.Planned | None = None
     """What these two were chosen from, on a GPU."""
     best: dict[str, Tensor] = field(default_factory=dict)
-    """The adapter of the lowest validation log loss so far, on the CPU."""
+    """The adapter of the lowest validation loss so far, on the CPU."""
     saved: tuple[int, int] = (0, 0)
     """The steps that were done and last validated in the newest checkpoint."""
     graphs: Graphs | None = None

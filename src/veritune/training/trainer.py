@@ -42,7 +42,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains one run, or goes on with it, and returns the last validation's figures; see `quality.metrics.measure`.
 
-    The run folder then holds `adapter/` (the last weights), `best/` (the lowest validation log loss), `metrics.jsonl`,
+    The run folder then holds `adapter/` (the last weights), `best/` (the lowest validation loss), `metrics.jsonl`,
     `evaluation.json` and what a resume or a report needs; without `adapters`, not the first two. For many runs in one
     process: `base` is a model that is loaded already (the run's [model] is not read) and given back without adapter,
     its layers compiled; `then` gets the trained run before that. Raises the kinds in `errors`; a stop by signal saves
@@ -209,11 +209,11 @@ def keep(
         display.probes(probes, write_forgetting(state, folder))
     if ended and ended.kind == "cooldown":
         save_adapter(state, folder / "cooldowns" / f"step-{at.done:08d}", at.done, quality)
-    better = quality["log_loss"] < at.best
+    better = quality["loss"] < at.best
     if state.world.first:
         status.keep_scores(folder, at.done, state.validation.ids, state.validation.labels, p, best=better)
     if better:
-        at.best, at.best_step, at.best_quality = quality["log_loss"], at.done, quality
+        at.best, at.best_step, at.best_quality = quality["loss"], at.done, quality
         state.best = copies(adapter.weights(state.model))
         save_adapter(state, folder / "best", at.done, quality, state.best)
 
