@@ -296,6 +296,14 @@ def test_evaluate(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["adapter"]["log_loss"] != found["baseline"]["log_loss"]
     assert sum(entry["rows"] for entry in found["by"]["solver"]) == 16
     assert f"{found['adapter']['accuracy']:.4f}" in shown
+    # For another share of correct solutions: more are called so, none changes its place.
+    assert run(["evaluate", str(place.best), str(place.held_out), "--share", "0.95", "--out", str(out)]) == 0
+    moved, table = json.loads(out.read_text())["adapter"], found["adapter"]["confusion"]
+    assert moved["auroc"] == pytest.approx(found["adapter"]["auroc"])
+    called = [each["true_positive"] + each["false_positive"] for each in (moved["confusion"], table)]
+    assert called[0] > called[1]
+    assert run(["evaluate", str(place.best), str(place.held_out), "--share", "95"]) == 2
+    assert "share = 95.0" in capsys.readouterr().err
     # A prepared folder's validation rows give what the run measured on them.
     assert run(["evaluate", str(place.best), str(place.prepared), "--out", str(out)]) == 0
     measured = json.loads((place.run / "evaluation.json").read_text())["validation"]

@@ -55,6 +55,9 @@ class UseSettings:
     """Precision of the base model; auto is the one it was trained with."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    share: float | None = None
+    """Of these solutions, how many you think are correct, such as 0.7: P(correct), and with it the verdict at 0.5, is
+    then for that share. Without it they are for train's, by default half."""
     columns: config.Columns = field(default_factory=config.Columns)
 
 
@@ -311,7 +314,13 @@ def load_verifier(adapter: Path, how: "UseSettings", merge: bool | None = None) 
 
     with console.status("loading the model"):
         return Verifier.load(
-            adapter, base=how.model, precision=how.base, device=how.device, merge=merge, warn=console.out
+            adapter,
+            base=how.model,
+            precision=how.base,
+            device=how.device,
+            merge=merge,
+            share=how.share,
+            warn=console.out,
         )
 
 

@@ -22,6 +22,7 @@ from veritune.data.generate import generate
 from veritune.errors import ConfigError, MissingError, ModelError
 from veritune.model import adapter, load, self_check
 from veritune.model.adapter import ABOUT
+from veritune.model.verdict import at_share
 from veritune.model.verifier import Verifier, score_ids
 
 
@@ -240,3 +241,49 @@ def test_an_adapter_on_a_tied_readout_is_not_merged(tmp_path: Path) -> None:
     path = trained(tmp_path / "tied", tmp_path / "adapter", targets=("q_proj", "lm_head"))
     with pytest.raises(ModelError, match="shares its weights with the embedding"):
         loaded(path, merge=True)
+
+
+# The share of correct solutions.
+
+
+def test_calibrated_scores_are_calibrated_at_another_share() -> None:
+    """Rows of which half are correct, scored by the true probability; then four of five right ones to one wrong one."""
+    rng = np.random.default_rng(0)
+    p = rng.beta(1.5, 1.5, 400_000)
+    labels = rng.random(len(p)) < p
+    keep = labels | (rng.random(len(p)) < 0.25)
+    p, labels = p[keep], labels[keep]
+    moved = at_share(p, 0.5, 0.8)
+    assert labels.mean() == pytest.approx(0.8, abs=0.005)
+    for low in np.arange(0, 1, 0.1):
+        inside = (moved >= low) & (moved < low + 0.1)
+        assert labels[inside].mean() == pytest.approx(moved[inside].mean(), abs=0.02)
+    assert ((moved >= 0.5) == labels).mean() > ((p >= 0.5) == labels).mean() + 0.05
+    assert np.allclose(at_share(moved, 0.8, 0.5), p)
+
+
+def test_scores_for_a_share(
+    folder: Path, verifier: Verifier, rows: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    p, moved = verifier.score_rows(*rows), loaded(folder, share=0.8)
+    q = moved.score_rows(*rows)
+    np.testing.assert_allclose(q / (1 - q), 4 * p / (1 - p), rtol=1e-6)
+    np.testing.assert_allclose(loaded(folder, share=0.5).score_rows(*rows), p)
+    assert moved.identity != verifier.identity  # a half-scored file is not gone on with
+    assert (moved.without_adapter().score_rows(*rows) == verifier.without_adapter().score_rows(*rows)).all()
+    older = shutil.copytree(folder, tmp_path / "older")
+    values = json.loads((older / ABOUT).read_text())
+    assert values.pop("share") == 0.5
+    (older / ABOUT).write_text(json.dumps(values))
+    np.testing.assert_allclose(loaded(older, share=0.8).score_rows(*rows), q)
+    (older / ABOUT).write_text(json.dumps(values | {"share": 0.8}))
+    np.testing.assert_allclose(loaded(older, share=0.8).score_rows(*rows), p)
+    (older / ABOUT).write_text(json.dumps(values | {"share": 1.0}))
+    with pytest.raises(ConfigError, match="one label only"):
+        loaded(older, share=0.8)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 70.0, -0.1])
+def test_a_share_that_is_none(folder: Path, share: float) -> None:
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        loaded(folder, share=share)

@@ -47,6 +47,8 @@ class About:
     precision: str
     data: str
     """The fingerprint of the dataset it was trained on."""
+    share: float
+    """Of the rows it was trained on, how many are correct."""
 
 
 def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str | None = None) -> Any:
@@ -197,6 +199,7 @@ def files(model: Any, about: About, card: str) -> dict[str, bytes | dict[str, to
         "base": about.base,
         "precision": about.precision,
         "data": about.data,
+        "share": about.share,
         "veritune": __version__,
     }
     return {
@@ -219,6 +222,7 @@ def read_about(path: str | Path) -> About:
     try:
         values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         frame = Frame.from_json(values["frame"])
-        return About(frame, values["base"], values["precision"], values["data"])
+        share = float(values.get("share", 0.5))  # earlier versions did not write it
+        return About(frame, values["base"], values["precision"], values["data"], share)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / ABOUT}: damaged ({error})") from None

@@ -79,3 +79,11 @@ def p_correct(logits: Tensor, answer_ids: tuple[int, int]) -> Tensor:
     """P(correct) = softmax over the two answer words, float64 [rows]."""
     true, false = answer_ids
     return torch.sigmoid((logits[:, true] - logits[:, false]).double())
+
+
+def at_share(p: np.ndarray, trained: float, wanted: float) -> np.ndarray:
+    """P(correct) among rows of which the share `wanted` is correct, from p (float64 [rows]) of a verifier that was
+    trained on rows of which `trained` are: the odds change as those of the labels do (Saerens et al. 2002, section
+    2.2). Both shares are between 0 and 1."""
+    ratio = wanted / (1 - wanted) * (1 - trained) / trained
+    return p * ratio / (1 - p + p * ratio)

@@ -20,7 +20,7 @@ from ..tokens.prompt import check_answers
 from ..tokens.trie import build, split
 from . import adapter, load, self_check
 from .compiled import compile_layers, uncompiled
-from .verdict import Way, label_logits, p_correct, rowwise_logits
+from .verdict import Way, at_share, label_logits, p_correct, rowwise_logits
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 COMPILE_AFTER = 60.0
@@ -50,6 +50,8 @@ class Verifier:
     """Tokens computed at once."""
     precision: str = "bf16"
     """How the base is held; see `config.Model.base`."""
+    shares: tuple[float, float] | None = None
+    """Of train's rows and of those to be scored, how many are correct; see `verdict.at_share`."""
     pace: Pace = field(default_factory=Pace)
     warn: Callable[[str], None] = print
 
@@ -61,6 +63,7 @@ class Verifier:
         precision: str = "auto",
         device: str = "auto",
         merge: bool | None = None,
+        share: float | None = None,
         warn: Callable[[str], None] = print,
     ) -> "Verifier":
         """Loads an adapter folder and the base it was trained on.
@@ -68,9 +71,14 @@ class Verifier:
         base: the base model's place if it has moved. precision: of the base, as in `config.Model`; auto takes the one
         it was trained with, or fp32 for bf16 where there are no bf16 products. merge: whether the adapter is added to
         the weights, which is faster; by default on a GPU in bf16 or FP8 where rounding does not take it (see `merge`).
-        Then there is no `without_adapter`. Raises MissingError, ModelError, ConfigError or RoomError.
+        Then there is no `without_adapter`. share: of the solutions to be scored, how many are thought to be correct;
+        scores are then for that share instead of train's. Raises MissingError, ModelError, ConfigError or RoomError.
         """
         about = adapter.read_about(path)
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"share = {share}: the share of correct solutions is a number between 0 and 1")
+        if share is not None and not 0 < about.share < 1:
+            raise ConfigError(f"{path}: was trained on one label only, so its scores cannot be moved to a share")
         found = load.pick_device(device)
         if precision == "auto":
             precision = about.precision if about.precision != "bf16" or load.multiplies_bf16(found) else "fp32"
@@ -91,7 +99,7 @@ class Verifier:
         model.eval()
         digest = hashlib.sha256((Path(path).expanduser() / "adapter_model.safetensors").read_bytes())
         merged = [] if isinstance(model, PeftModel) else ["merged"]
-        values = [about.frame.to_json(), settings.path, precision, *merged]
+        values = [about.frame.to_json(), settings.path, precision, *merged, *([] if share is None else [share])]
         digest.update(json.dumps(values, sort_keys=True).encode())
         return Verifier(
             model=model,
@@ -101,6 +109,7 @@ class Verifier:
             way=loaded.ways[about.frame.max_length],
             budget=MICRO_BATCH_TOKENS[loaded.device.type],
             precision=precision,
+            shares=None if share is None else (about.share, share),
             warn=warn,
         )
 
@@ -127,7 +136,7 @@ class Verifier:
         started = time.perf_counter()
         p = self._scores(questions, solutions, progress)
         self.pace.seconds += time.perf_counter() - started
-        return p
+        return p if self.shares is None else at_share(p, *self.shares)
 
     def _scores(
         self, questions: Sequence[str], solutions: Sequence[str], progress: Callable[[int], None] | None
@@ -155,7 +164,7 @@ class Verifier:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A verifier's base model without its adapter."""
+    """A verifier's base model without its adapter; it was trained for no share, so its scores are moved to none."""
 
     verifier: Verifier
 
