@@ -1,4 +1,4 @@
-"""The attention that is tried in benchmarks/trie_attention.py, run by Triton's interpreter: right, and always the same."""
+"""The attention that is tried in benchmarks/trie_attention.py, run by Triton's interpreter: right, and repeatable."""
 
 import os
 import subprocess
