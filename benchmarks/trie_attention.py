@@ -88,7 +88,7 @@ def tables(until: np.ndarray, block: int, device: torch.device) -> Tables:
 
 
 @triton.jit
-def _rows(array, i, tokens, heads, head, width, D: tl.constexpr):
+def _rows(array, i, tokens, heads: tl.constexpr, head, width: tl.constexpr, D: tl.constexpr):
     """Rows i of [tokens, heads, width] at one head, zero where there are none."""
     d = tl.arange(0, D)
     at = (i.to(tl.int64) * heads + head)[:, None] * width + d[None, :]
@@ -96,7 +96,7 @@ def _rows(array, i, tokens, heads, head, width, D: tl.constexpr):
 
 
 @triton.jit
-def _keep(array, values, i, tokens, heads, head, width, D: tl.constexpr):
+def _keep(array, values, i, tokens, heads: tl.constexpr, head, width: tl.constexpr, D: tl.constexpr):
     d = tl.arange(0, D)
     at = (i.to(tl.int64) * heads + head)[:, None] * width + d[None, :]
     tl.store(array + at, values.to(array.dtype.element_ty), mask=(i < tokens)[:, None] & (d < width)[None, :])
@@ -108,10 +108,11 @@ def _until(until, j, tokens):
     return tl.load(until + j, mask=j < tokens, other=2147483647)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
-    q, k, v, until, seen, starts, out, sums, tokens, scale, heads, group, width, D: tl.constexpr, B: tl.constexpr
-):
+    q, k, v, until, seen, starts, out, sums, tokens, scale, heads: tl.constexpr,
+    group: tl.constexpr, width: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     a, h = tl.program_id(0), tl.program_id(1)
     i = a * B + tl.arange(0, B)
     query = _rows(q, i, tokens, heads, h, width, D)
@@ -134,10 +135,10 @@ def _forward(
     tl.store(sums + h * tokens + i, top + tl.log2(total), mask=i < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _backward_q(
-    grad, q, k, v, out, sums, until, seen, starts, dq, along, tokens, scale, factor, heads, group, width,
-    D: tl.constexpr, B: tl.constexpr,
+    grad, q, k, v, out, sums, until, seen, starts, dq, along, tokens, scale, factor,
+    heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     a, h = tl.program_id(0), tl.program_id(1)
     i = a * B + tl.arange(0, B)
@@ -159,10 +160,10 @@ def _backward_q(
     _keep(dq, acc * factor, i, tokens, heads, h, width, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def _backward_kv(
-    grad, q, k, v, sums, along, until, seers, pieces, dk, dv, part_k, part_v, slots, tokens, scale, factor, heads,
-    group, width, D: tl.constexpr, B: tl.constexpr,
+    grad, q, k, v, sums, along, until, seers, pieces, dk, dv, part_k, part_v, slots, tokens, scale, factor,
+    heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     c, kh = tl.program_id(0), tl.program_id(1)
     b = tl.load(pieces + 4 * c)
@@ -195,8 +196,11 @@ def _backward_kv(
         _keep(dv, acc_v, j, tokens, heads // group, kh, width, D)
 
 
-@triton.jit
-def _add(part_k, part_v, pieces, dk, dv, slots, tokens, key_heads, width, D: tl.constexpr, B: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "slots"])
+def _add(
+    part_k, part_v, pieces, dk, dv, slots, tokens, key_heads: tl.constexpr, width: tl.constexpr, D: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
     """The sums of a block's pieces, in their order."""
     c, kh = tl.program_id(0), tl.program_id(1)
     count = tl.load(pieces + 4 * c + 3)

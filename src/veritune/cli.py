@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from . import __version__, config
-from .errors import ConfigError, MissingError, VerituneError
+from .errors import ConfigError, MissingError, VerituneError, first_line
 from .flags import check, names, parse, run_file, several
 from .redact import redact
 from .suggest import did_you_mean, nearest
@@ -83,25 +83,26 @@ def prepare(
 
 
 def plan(args: Sequence[str]) -> None:
-    """Prints what a run would do; flags as for `train`, and those of `planned.options`."""
-    from .report import planned
+    """Prints what a run would do; flags as for `train`, and those of `planned.Planned`."""
+    from .report.planned import Planned, show_plan, speed
 
     found, flags = run_file("plan", args)
-    told, flags = planned.options(flags)
+    if any(flag.partition("=")[0] == "--gpus" for flag in flags):
+        raise ConfigError("--gpus is a flag of `veritune train`; a plan reckons with one GPU (--gpu NAME)")
     run = parse(
-        config.Run,
+        Planned,
         flags,
-        found,
+        Planned(**vars(found)) if found else None,
         prog="veritune plan RUN.toml",
-        description=f"Prints what a run would do, without weights. {planned.OPTIONS} Those below override RUN.toml.",
+        description="Prints what a run would do, without weights. Flags override RUN.toml.",
     )
     from .report import foreseen
     from .training import feed
 
     source = feed.read(run)
-    memory = foreseen.look(run, source, told.gpu, told.gpu_memory)
+    memory = foreseen.look(run, source, run.gpu, run.gpu_memory)
     expected = memory.rows_per_second if isinstance(memory, foreseen.Foreseen) else None
-    planned.show_plan(run, source, console, told, planned.speed(told, run, expected))
+    show_plan(run, source, console, speed(run, expected))
     foreseen.show(memory, console)
 
 
@@ -165,6 +166,11 @@ def evaluate(
     from .quality import evaluate as evaluation
     from .quality.score import say
 
+    if baseline and how.share is not None:
+        raise ConfigError(
+            "--share with --baseline: the base model was trained for no share of labels, so only the adapter's scores "
+            "can be moved to one, and a comparison would show just that; give them in two commands"
+        )
     frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
     if out and out.is_dir():
         raise ConfigError(f"--out {out}: this is a folder; name a file")
@@ -176,7 +182,7 @@ def evaluate(
     plain = None
     if baseline:
         plain = evaluation.score_frame(verifier.without_adapter().score_rows, rows, console)
-    result = evaluation.evaluate(frame, scores, plain, by, columns=how.columns, where=str(data))
+    result = evaluation.evaluate(frame, scores, plain, by, columns=how.columns, where=str(data), share=how.share)
     evaluation.show(result, console)
     if out:
         evaluation.write(result, out)
@@ -376,7 +382,7 @@ def run(argv: Sequence[str]) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its sake
             raise
         return fail(
-            f"GPU memory ran out: {str(error).splitlines()[0]} End what else runs on the GPU, or let less be taken: "
+            f"GPU memory ran out: {first_line(error)} End what else runs on the GPU, or let less be taken: "
             "base = 'nf4', in training also a lower train.memory_gib or train.micro_batch_tokens"
         )
     except OSError as error:

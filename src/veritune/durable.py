@@ -58,6 +58,19 @@ def write_file(path: Path, parts: Parts) -> dict[str, Any]:
         return {"bytes": sum(memoryview(part).nbytes for part in parts), "sha256": digest.result()}
 
 
+def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Puts a file in place of what stands there, whole or not at all. With `sync` a power cut does not take it. Raises
+    OSError."""
+    partial = path.with_name(f".{path.name}.tmp")
+    if sync:
+        write_file(partial, [data])
+    else:
+        partial.write_bytes(data)
+    partial.replace(path)
+    if sync:
+        sync_folder(path.parent)
+
+
 def entry_of(data: bytes) -> dict[str, Any]:
     """The manifest entry of a file with these bytes."""
     return {"bytes": len(data), "sha256": _digest([data])}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .durable import replace_file
 from .quality.metrics import plain
 
 LINE = re.compile(rb'\{"step": (\d+)[,}][^\n]*(?<=\})\n')
@@ -45,7 +46,5 @@ def _drop_after(path: Path, step: int) -> None:
     if kept == lines[: len(kept)]:
         os.truncate(path, size)
     else:
-        partial = path.with_suffix(".tmp")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(path)
+        replace_file(path, b"".join(kept))
     os.utime(path, (was.st_atime, was.st_mtime))  # when a session that was killed gave its last sign of life

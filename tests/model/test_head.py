@@ -5,15 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_adapters import loaded, trained
+from made_adapters import loaded
 from torch import nn
 
 from veritune import config
 from veritune.model import adapter, load, self_check
 from veritune.model.head import BLOCK, WideHead, widen
 from veritune.model.verdict import label_logits, label_loss
-from veritune.model.verifier import Verifier
+from veritune.tokens.prompt import render
 from veritune.tokens.trie import build
+from veritune.training.checkpoint import publish
 
 
 def heads(dtype: torch.dtype, *, bias: bool = False) -> tuple[WideHead, nn.Linear]:
@@ -85,8 +86,19 @@ def test_an_adapter_on_the_head_still_trains_and_saves(tiny_folder: Path, tmp_pa
     (b,) = (p for name, p in model.named_parameters() if "lm_head.lora_B" in name)
     assert b.grad is not None
     assert float(b.grad.norm()) > 0
-    path = trained(tiny_folder, tmp_path / "adapter", targets=("q_proj", "lm_head"))
-    assert isinstance(loaded(path, precision="bf16"), Verifier)
+    assert logits.dtype == torch.float32
+    assert float((logits == logits.bfloat16().float()).float().mean()) < 0.1
+    with torch.no_grad():
+        b.normal_(std=0.1)
+        changed = label_logits(model, build(rows), base.device)
+    frame = render(config.Prompt(max_length=256), base.tokenizer)
+    publish(tmp_path / "a", adapter.files(model, adapter.About(frame, str(tiny_folder), "bf16", "", 0.5), "# Card"))
+    again = load.load_base(config.Model(path=str(tiny_folder), base="bf16", device="cpu"))
+    assert self_check.check_paths(again, 256) is None
+    with torch.no_grad():
+        found = label_logits(adapter.load_adapter(again, tmp_path / "a"), build(rows), again.device)
+    assert torch.equal(found, changed)
+    assert float((changed - logits).abs().max()) > 0.1
 
 
 def test_every_solution_of_real_weights_has_its_own_score(smollm2: Path) -> None:

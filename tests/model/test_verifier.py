@@ -275,7 +275,9 @@ def test_scores_for_a_share(
     values = json.loads((older / ABOUT).read_text())
     assert values.pop("share") == 0.5
     (older / ABOUT).write_text(json.dumps(values))
-    np.testing.assert_allclose(loaded(older, share=0.8).score_rows(*rows), q)
+    assert (loaded(older).score_rows(*rows) == p).all()
+    with pytest.raises(ConfigError, match='add "share"'):
+        loaded(older, share=0.8)
     (older / ABOUT).write_text(json.dumps(values | {"share": 0.8}))
     np.testing.assert_allclose(loaded(older, share=0.8).score_rows(*rows), p)
     (older / ABOUT).write_text(json.dumps(values | {"share": 1.0}))

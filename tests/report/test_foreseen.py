@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,9 @@ def test_memory_and_speed_on_a_card(source_and_run: tuple[feed.Source, config.Ru
 
 def test_a_named_card_gives_the_speed_unless_one_is_told(source_and_run: tuple[feed.Source, config.Run]) -> None:
     _, run = source_and_run
-    told, rest = planned.options(["--gpu", "h100", "--train.lr", "1e-4"])
-    assert rest == ["--train.lr", "1e-4"]
-    assert planned.speed(told, run, 50.0) == 50.0
-    told, _ = planned.options(["--gpu", "h100", "--rows-per-second", "7"])
-    assert planned.speed(told, run, 50.0) == 7
+    told = planned.Planned(**vars(run), gpu="h100")
+    assert planned.speed(told, 50.0) == 50.0
+    assert planned.speed(replace(told, rows_per_second=7), 50.0) == 7
 
 
 def test_what_cannot_be_foreseen_is_said(

@@ -65,7 +65,7 @@ def test_the_speed_of_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ("flags", "told"),
     [
         (["--pricee", "3"], "did you mean '--price'?"),
-        (["--hours", "0"], "must be above 0"),
+        (["--hours", "0"], "session.hours = 0.0: input should be greater than 0"),
         (["--train.lrr", "3"], "did you mean '--train.lr'?"),
         (["--strategy.kind", "stream", "--strategy.cooldowns", "80"], "80 is not before the end"),
         (["--like", "nowhere"], "no such folder"),

@@ -119,7 +119,7 @@ def test_phases_start_from_the_best_adapter(data: Path, tiny_folder: Path, tmp_p
     ]
     run = run_of(tmp_path / "run", data, tiny_folder, phases=phases, validation={"every": 1})
     trained(run)
-    found = {line["step"]: line["validation"]["log_loss"] for line in metrics(tmp_path / "run") if "validation" in line}
+    found = {line["step"]: line["validation"]["loss"] for line in metrics(tmp_path / "run") if "validation" in line}
     best = min((1, 2, 3), key=found.__getitem__)
     assert best < 3
     assert found[4] == pytest.approx(found[best], abs=1e-5)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from runs import assert_same, checkpoints, copied_until, losses, metrics, prepared, settings, tensors, trained
@@ -23,9 +24,11 @@ from veritune import config, durable
 from veritune.data import dataset
 from veritune.data.generate import generate
 from veritune.errors import BusyError, ConfigError, DataError, ModelError, NonFiniteError
+from veritune.model.adapter import read_about
 from veritune.model.verdict import label_logits, label_loss
 from veritune.model.verifier import Verifier
 from veritune.quality.metrics import log_loss, measure
+from veritune.report import folder
 from veritune.tokens.trie import build
 from veritune.training import checkpoint, progress, trainer
 from veritune.training import plan as plans
@@ -107,9 +110,34 @@ def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: P
         again = measure(rows.labels, p, rows.groups)
         assert again["confusion"] == validations[step]["confusion"]
         assert again["log_loss"] == pytest.approx(validations[step]["log_loss"], rel=1e-9)
-        share = float(prepared_data.train["is_correct"].mean())
-        weighted = log_loss(rows.labels, p, share)
-        assert weighted == pytest.approx(validations[step]["loss"], rel=1e-9)
+
+
+def test_the_best_adapter_is_that_of_the_loss_at_trains_share(tiny_folder: Path, tmp_path: Path) -> None:
+    """Four of five validation rows are correct and three of five train rows: what says "correct" more often has the
+    lower plain log loss there, and is not chosen for it."""
+    made = generate(80, solutions_per_question=4, seed=5)
+    rows = [row for i, row in enumerate(made) if row["is_correct"] or i % 4 == 0]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = config.Prepare(validation_rows=40, balance="0.6")
+    dataset.prepare([str(tmp_path / "rows.jsonl")], tmp_path / "prepared", told)
+    train = {"lr": 0.01, "schedule": "constant", "epochs": 0.75, "seed": 2}
+    run = settings(tmp_path / "run", tmp_path / "prepared", tiny_folder, train=train, validation={"every": 1})
+    trained(run)
+    out, share = Path(run.out), float(dataset.load(tmp_path / "prepared").train["is_correct"].mean())
+    assert share == pytest.approx(0.6, abs=0.02)
+    assert read_about(out / "best").share == share
+    found = {line["step"]: line["validation"] for line in metrics(out) if "validation" in line}
+    by = {key: min(found, key=lambda step: found[step][key]) for key in ("loss", "log_loss")}
+    assert by["loss"] != by["log_loss"]
+    scores = pl.read_parquet(out / "scores-best.parquet")
+    assert scores["step"][0] == by["loss"]
+    labels, p = scores["is_correct"].to_numpy(), scores["p_correct"].to_numpy().astype(float)
+    assert labels.mean() > share + 0.1
+    assert found[by["loss"]]["loss"] == pytest.approx(log_loss(labels, p, share), abs=1e-6)
+    card = (out / "best" / "README.md").read_text(encoding="utf-8")
+    assert f"After step {by['loss']}," in card
+    assert f"{found[by['loss']]['loss']:.3f}" in card
+    assert folder.read(out).metrics.best == found[by["loss"]] | {"step": by["loss"]}
 
 
 # A stop changes nothing.

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.pytorch_utils import Conv1D
 
 from .. import __version__, config
-from ..errors import ConfigError, MissingError, ModelError
+from ..errors import ConfigError, MissingError, ModelError, first_line
 from ..tokens.prompt import Frame
 from . import lora, precision
 from .load import Base
@@ -47,8 +47,8 @@ class About:
     precision: str
     data: str
     """The fingerprint of the dataset it was trained on."""
-    share: float
-    """Of the rows it was trained on, how many are correct."""
+    share: float | None
+    """Of the rows it was trained on, how many are correct; None if an earlier version did not write it down."""
 
 
 def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str | None = None) -> Any:
@@ -94,7 +94,7 @@ def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str
             warnings.simplefilter("ignore")
             model = get_peft_model(base.model, wanted)
     except ValueError as error:
-        raise ConfigError(f"lora.targets = {list(settings.targets)}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"lora.targets = {list(settings.targets)}: {first_line(error)}") from None
     _speed_up(model, base)
     return model
 
@@ -222,7 +222,7 @@ def read_about(path: str | Path) -> About:
     try:
         values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         frame = Frame.from_json(values["frame"])
-        share = float(values.get("share", 0.5))  # earlier versions did not write it
+        share = None if values.get("share") is None else float(values["share"])
         return About(frame, values["base"], values["precision"], values["data"], share)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / ABOUT}: damaged ({error})") from None

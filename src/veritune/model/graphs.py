@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import first_line
 from ..tokens.pad import Size, pad
 from ..tokens.trie import Trie
 from .attention import Paths, uses
@@ -159,7 +160,7 @@ def record(
         torch.cuda.synchronize(device)
         for p in trained:
             p.grad = None
-        return None, f"recording failed: {str(error).splitlines()[0]}"
+        return None, f"recording failed: {first_line(error)}"
     for p in trained:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     off = float((found - expected).norm() / expected.norm())

@@ -90,7 +90,7 @@ def load_base(settings: config.Model) -> Base:
             model, tokenizer = _load(path, local, precision, device, say)
     except torch.OutOfMemoryError as error:
         raise RoomError(
-            f"model.path = {path!r}: GPU memory ran out when loading it as {precision}: {str(error).splitlines()[0]} "
+            f"model.path = {path!r}: GPU memory ran out when loading it as {precision}: {first_line(error)} "
             "End what else runs on the GPU; model.base = 'nf4' takes a quarter of the memory of 'bf16'"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

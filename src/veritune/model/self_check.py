@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..tokens.trie import build
 from . import attention
 from .compiled import uncompiled
@@ -83,7 +83,7 @@ def _off_paths(base: Base, rows: list[np.ndarray], stock: Tensor, again: Tensor)
     except torch.OutOfMemoryError:
         raise
     except UNFIT as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     count = base.model.config.get_text_config().num_hidden_layers
     missing = f"{len(attended)} of its {count} layers attend through transformers' interface"
     reason = _differ(stock, again, ours, exact=base.precision == "fp32")

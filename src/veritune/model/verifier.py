@@ -77,7 +77,12 @@ class Verifier:
         about = adapter.read_about(path)
         if share is not None and not 0 < share < 1:
             raise ConfigError(f"share = {share}: the share of correct solutions is a number between 0 and 1")
-        if share is not None and not 0 < about.share < 1:
+        if share is not None and about.share is None:
+            raise ConfigError(
+                f"{Path(path) / adapter.ABOUT}: does not say how many of the rows it was trained on are correct; add "
+                '"share" to it, 0.5 for a balanced dataset, so that scores can be moved from there'
+            )
+        if share is not None and about.share in (0, 1):
             raise ConfigError(f"{path}: was trained on one label only, so its scores cannot be moved to a share")
         found = load.pick_device(device)
         if precision == "auto":
@@ -109,7 +114,7 @@ class Verifier:
             way=loaded.ways[about.frame.max_length],
             budget=MICRO_BATCH_TOKENS[loaded.device.type],
             precision=precision,
-            shares=None if share is None else (about.share, share),
+            shares=None if share is None or about.share is None else (about.share, share),
             warn=warn,
         )
 

@@ -142,6 +142,7 @@ def evaluate(
     *,
     columns: Columns | None = None,
     where: str = "the rows",
+    share: float | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def evaluate(
 
     Returns counts; `adapter` and `baseline` (see `metrics.measure`; an undefined figure is None); `difference`,
     adapter minus baseline (see `metrics.paired`); `by`: column -> a list with each value's figures, the most frequent
-    value first. Raises DataError as `check` does, and NonFiniteError if a row that can be scored has no score.
+    value first; and `share`, of correct solutions, that the scores were moved to. Raises DataError as `check` does, and
+    NonFiniteError if a row that can be scored has no score.
     """
     rows = check(frame, columns, by=by, where=where)
     used = np.array([row for row in range(len(frame)) if row not in rows.unscorable], dtype=np.int64)
@@ -169,6 +171,7 @@ def evaluate(
         "unscored": dict(Counter(rows.unscorable.values())),
         "columns": dict(zip(("question", "solution", "label"), rows.names, strict=True)),
         "threshold": THRESHOLD,
+        "share": share,
         "interval": {"level": LEVEL, "method": "bootstrap over questions", "resamples": resamples, "seed": seed},
         "adapter": figures(used, p_correct),
         "baseline": None,
@@ -205,6 +208,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     adapter, baseline = result["adapter"], result["baseline"]
     rows, questions, share = adapter["rows"], adapter["questions"], adapter["share_true"]
     say(console, f"{rows:,} rows of {questions:,} questions, {share:.1%} of the solutions correct")
+    if result["share"] is not None:
+        say(console, f"P(correct) is meant for rows of which {result['share']:.1%} are correct")
     if result["unscored"]:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result["unscored"].items())
         say(console, f"{sum(result['unscored'].values()):,} more rows could not be scored ({reasons})")

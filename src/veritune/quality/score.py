@@ -252,7 +252,7 @@ def _check_header(partial: Partial, line: bytes) -> None:
     meaning = {
         "source": "another source file",
         "columns": "other columns",
-        "scorer": "another adapter, base or prompt",
+        "scorer": "another adapter, base, prompt or share",
     }
     other = [text for key, text in meaning.items() if found.get(key) != partial.header[key]]
     if other:

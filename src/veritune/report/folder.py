@@ -31,7 +31,7 @@ class Metrics:
     steps: dict[str, list[float]] = field(default_factory=lambda: {key: [] for key in STEP_KEYS})
     """Column -> a value for each step."""
     validations: list[dict[str, Any]] = field(default_factory=list)
-    """The figures of each validation (`quality.metrics.measure`), with their step."""
+    """The figures of each validation (`training.measure.validate`), with their step."""
     _offset: int = 0
     _tail: bytes = b""
 

@@ -8,6 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from .. import __version__
+from ..durable import replace_file
 from ..errors import ConfigError
 from . import compare, folder, quality, run, scored, sweep, trials
 from .blocks import Page
@@ -31,9 +32,7 @@ def report(paths: Sequence[Path], out: Path, *, data: Path | None = None, price:
         raise ConfigError("report needs a run folder: veritune report RUN --out FILE.html; `veritune runs` lists them")
     text = render(page(paths, data, price))
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
+    replace_file(out, text.encode())
 
 
 def page(paths: Sequence[Path], data: Path | None, price: float | None) -> Page:

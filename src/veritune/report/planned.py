@@ -1,21 +1,19 @@
 """`veritune plan`: what a run will do, before any weights are loaded."""
 
-import argparse
 import math
 import statistics
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .. import config
-from ..errors import ConfigError, MissingError
-from ..suggest import distance
+from ..errors import MissingError
 from . import folder
 from .braille import curve
 from .words import duration
@@ -31,72 +29,35 @@ HOURS = 12.0
 """Of a session, where nothing tells."""
 
 
-OPTIONS = (
-    "--rows-per-second N: the speed to reckon with, by default that of the run folder, if it has steps; --like RUN: "
-    "the speed of another run folder; --price N: of an hour; --hours N: how long a session lasts, by default "
-    "session.hours, else 12; "
-    "--gpu NAME, --gpu-memory GIB: the card to plan memory and speed for, by default the one here."
-)
+@dataclass(frozen=True, kw_only=True, config=config.STRICT)
+class Planned(config.Run):
+    """A run and what its plan reckons with."""
 
-
-@dataclass(frozen=True)
-class Options:
-    """What a plan is told besides the run."""
-
-    rows_per_second: float | None
-    like: Path | None
-    price: float | None
-    hours: float | None
+    rows_per_second: Annotated[float | None, Field(gt=0)] = None
+    """The speed, by default that of the run folder, if it has steps."""
+    like: str | None = None
+    """A run folder whose speed it is to be."""
+    price: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    """What an hour costs."""
     gpu: str | None = None
-    gpu_memory: float | None = None
+    """The card to plan memory and speed for, by default the one here."""
+    gpu_memory: Annotated[float | None, Field(ge=1)] = None
+    """GiB of that card."""
 
 
-def options(flags: Sequence[str]) -> tuple[Options, list[str]]:
-    """Takes a plan's own flags out of a command line's. Raises ConfigError for a value that cannot be."""
-    parser = argparse.ArgumentParser(
-        prog="veritune plan RUN.toml", add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    parser.add_argument("--rows-per-second", "--rows_per_second", type=float)
-    parser.add_argument("--like", type=Path)
-    parser.add_argument("--price", type=float)
-    parser.add_argument("--gpu")
-    parser.add_argument("--gpu-memory", "--gpu_memory", type=float)
-    parser.add_argument("--hours", type=float)
-    try:
-        told, rest = parser.parse_known_args(list(flags))
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{(error.argument_name or '').partition('/')[0]}: {error.message}") from None
-    own = [name for action in parser._actions for name in action.option_strings]
-    for flag in (arg.partition("=")[0] for arg in rest if arg.startswith("--")):
-        if flag == "--gpus":
-            raise ConfigError("--gpus is a flag of `veritune train`; a plan reckons with one GPU (--gpu NAME)")
-        if near := [name for name in own if distance(name, flag) <= 2]:
-            raise ConfigError(f"there is no flag {flag} (did you mean {near[0]!r}?)")
-    if told.gpu_memory is not None and told.gpu_memory < 1:
-        raise ConfigError("--gpu-memory must be at least 1 GiB")
-    for name in ("rows_per_second", "hours"):
-        if getattr(told, name) is not None and not getattr(told, name) > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
-    if told.price is not None and not (told.price >= 0 and math.isfinite(told.price)):
-        raise ConfigError("--price must be a number of at least 0")
-    return Options(told.rows_per_second, told.like, told.price, told.hours, told.gpu, told.gpu_memory), rest
-
-
-def speed(told: Options, run: config.Run, expected: float | None = None) -> float | None:
+def speed(told: Planned, expected: float | None = None) -> float | None:
     """Rows a second to reckon with, None if nothing tells; `expected`: on the card that is foreseen, which counts if it
     was named or nothing was measured. Raises MissingError for a --like that has none."""
     if told.rows_per_second is not None or told.like is not None:
-        return told.rows_per_second or (speed_of(told.like) if told.like else None)
+        return told.rows_per_second or (speed_of(Path(told.like)) if told.like else None)
     if expected is not None and (told.gpu or told.gpu_memory):
         return expected
     with suppress(MissingError):
-        return speed_of(Path(run.out))
+        return speed_of(Path(told.out))
     return expected
 
 
-def show_plan(
-    run: config.Run, source: "Source", console: Console, told: Options, rows_per_second: float | None
-) -> None:
+def show_plan(run: Planned, source: "Source", console: Console, rows_per_second: float | None) -> None:
     """Prints phases, learning rate, and time, sessions and cost where a speed is known."""
     plan, slices = source.plan, source.slices
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -144,12 +105,12 @@ def show_plan(
         )
         return
     seconds = (shown + SCORING * scored) / rows_per_second
-    hours = told.hours or run.session.hours or HOURS
+    hours = run.session.hours or HOURS
     sessions = max(math.ceil(seconds / 3600 / hours), 1)
     line = f"time: {duration(seconds)} at {rows_per_second:,.1f} rows/s, beside loading and saving; "
     line += f"{sessions} session{'s' if sessions > 1 else ''} of {hours:g} h"
-    if told.price is not None:
-        line += f"; cost {seconds / 3600 * told.price:,.2f} at {told.price:g} an hour"
+    if run.price is not None:
+        line += f"; cost {seconds / 3600 * run.price:,.2f} at {run.price:g} an hour"
     console.out(line, highlight=False)
 
 

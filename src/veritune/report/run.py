@@ -16,7 +16,10 @@ from .folder import RunFolder, smooth
 from .svg import Series, heat, plot
 from .words import between, duration, number
 
-INTERVALS = "Bands and intervals are 95 %, from a bootstrap over questions."
+INTERVALS = (
+    "Bands and intervals are 95 %, from a bootstrap over questions. The loss is the log loss with correct and "
+    "incorrect rows weighing as in train."
+)
 
 
 def head(run: RunFolder) -> Section:
@@ -148,7 +151,7 @@ def validation(run: RunFolder) -> Section:
         (
             f"{e['step']:,}" + (" (best)" if e is best else ""),
             *(f"{number(e[key])}  {between(e.get(key + '_interval'))}" for key in ("accuracy", "auroc")),
-            *(number(e[key]) for key in ("loss", "balanced_accuracy", "f1", "brier", "log_loss")),
+            *(number(e.get(key)) for key in ("loss", "balanced_accuracy", "f1", "brier", "log_loss")),
         )
         for e in entries
     ]

@@ -82,7 +82,7 @@ def validation_line(entry: dict[str, Any]) -> str:
     """The figures of a validation, in a line."""
     interval = between(entry.get("accuracy_interval"))
     accuracy = number(entry["accuracy"]) + (f" ({interval})" if interval else "")
-    return f"accuracy {accuracy}  AUROC {number(entry['auroc'])}  loss {number(entry['loss'])}"
+    return f"accuracy {accuracy}  AUROC {number(entry['auroc'])}  loss {number(entry.get('loss'))}"
 
 
 def picture(run: folder.RunFolder, width: int, height: int) -> Group:
@@ -109,7 +109,7 @@ def picture(run: folder.RunFolder, width: int, height: int) -> Group:
     losses = folder.smooth(run.metrics.steps["loss"], 0.9)
     curves = [("loss (smoothed)", losses), ("learning rate", run.metrics.steps["lr"])]
     if len(run.metrics.validations) > 1:
-        found = [entry["loss"] for entry in run.metrics.validations]
+        found = [entry.get("loss") for entry in run.metrics.validations]
         curves.append(("validation loss", [float("nan") if value is None else value for value in found]))
     space = height - 3 - len(lines) - 2 - len(curves)
     each = max(2, space // len(curves))

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from .. import config
-from ..errors import ConfigError, PeerError
+from ..errors import ConfigError, PeerError, first_line
 from ..flags import needs_run_file, out_of, parse
 from ..redact import redact
 
@@ -50,5 +50,5 @@ def sweep(args: Sequence[str], console: Console) -> None:
     try:
         search(run, chosen.sweep, space, console, worker=chosen.worker, where=str(file))
     except (OptunaError, SQLAlchemyError) as error:
-        reason = redact(str(error).splitlines()[0])
+        reason = redact(first_line(error))
         raise PeerError(f"the sweep's storage failed: {reason}. No trial is lost; the same command goes on") from error

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__, config
+from ..durable import replace_file
 from ..starter import toml
 from ..training.runfolder import FREE, write_json
 from .board import Board, line
@@ -36,9 +37,7 @@ def write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
 
 def _write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
     trials = lines(board)
-    partial = board.folder / "trials.tmp"
-    partial.write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
-    partial.replace(board.folder / "trials.jsonl")
+    replace_file(board.folder / "trials.jsonl", "".join(json.dumps(trial) + "\n" for trial in trials).encode())
     best = best_of(trials)
     settings = config.as_dict(board.settings) | {"storage": board.settings.storage and board.storage.engine.name}
     results = {
@@ -53,9 +52,7 @@ def _write(board: Board, run: config.Run, rows: int) -> list[dict[str, Any]]:
     }
     write_json(board.folder / "results.json", results)
     if best:
-        partial = board.folder / "best.tmp"
-        partial.write_text(run_file(board, run, best, rows), encoding="utf-8")
-        partial.replace(board.folder / "best.toml")
+        replace_file(board.folder / "best.toml", run_file(board, run, best, rows).encode())
     return trials
 
 
@@ -138,4 +135,5 @@ def agreed(
     searched = {
         f"sweep.{key}": getattr(settings, key) for key in ("sampler", "pruner", "reduction", "validations", "seed")
     }
-    return values | searched | {"space": space, "rows": rows, "data": fingerprint}
+    # What trials are compared by, since another version compared them by another loss.
+    return values | searched | {"space": space, "rows": rows, "data": fingerprint, "loss": "at train's share of labels"}

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from .. import config
-from ..errors import ConfigError, DataError, ModelError, NonFiniteError, RoomError
+from ..errors import ConfigError, DataError, ModelError, NonFiniteError, RoomError, first_line
 from ..model import load
 from ..training import status
 from ..training.trainer import train
@@ -175,7 +175,7 @@ def run_trial(
             if not of_memory:
                 board.release(taken)
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if not alone:
                 board.release(taken)
                 raise NoMemory(reason) from None

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from ..durable import replace_file
 from ..redact import redact
 from .picture import heat_map
 from .services import SERVICES, Service, Spec
@@ -37,9 +38,8 @@ class Record:
             self.step, self.lines, self.identity = values["step"], values["lines"], values["identity"]
 
     def write(self) -> None:
-        partial = self.path.with_name(self.path.name + ".tmp")
-        partial.write_text(json.dumps({"identity": self.identity, "step": self.step, "lines": self.lines}))
-        partial.replace(self.path)
+        values = {"identity": self.identity, "step": self.step, "lines": self.lines}
+        replace_file(self.path, json.dumps(values).encode())
 
 
 def main() -> None:

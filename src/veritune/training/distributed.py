@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import ConfigError, PeerError
+from ..errors import ConfigError, PeerError, first_line
 from ..model import load
 from ..tokens.trie import MIN_SHARED, order, shared
 from .launch import STORE
@@ -116,7 +116,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            said = str(error).splitlines()[0]
+            said = first_line(error)
             with suppress(RuntimeError):  # the store's own machine may be the one that is gone
                 said = self.store.get(ENDED).decode() if self.store.check([ENDED]) else said
             raise PeerError(

@@ -101,6 +101,7 @@ def restore(state: "Training", saved: Saved) -> At:
     if "fork" in saved.state:
         state.fork = Point(tensors["fork_adapter"], tensors["fork_optimizer"], saved.state["fork"])
     at = At(**saved.state["at"])
-    at.best = math.inf if at.best is None else at.best
+    if at.best is None or "loss" not in (at.best_quality or {}):  # earlier versions chose by another figure
+        at.best = math.inf
     at.quality, at.best_quality = metrics.figures(at.quality), metrics.figures(at.best_quality)
     return at

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, config
-from ..durable import found, make_folder, sync_folder, write_file
+from ..durable import found, make_folder, replace_file
 from ..errors import ConfigError
 from ..quality.metrics import plain
 
@@ -99,11 +99,8 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a strict JSON file, whole or not at all. A figure that is NaN or infinite is written as null."""
-    partial = path.with_name(f".{path.name}.tmp")
     text = json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False)
-    write_file(partial, [text.encode()])
-    partial.replace(path)
-    sync_folder(path.parent)
+    replace_file(path, text.encode(), sync=True)
 
 
 def mathematics(values: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +130,8 @@ likely the solution is correct.
 
 - After step {step:,}, on {quality["rows"]:,} held-out rows of {quality["questions"]:,} questions: accuracy
   {accuracy:.3f}{interval}, AUROC {quality["auroc"]:.3f}, Brier {quality["brier"]:.3f}, log loss
-  {quality["log_loss"]:.3f}. {quality["share_true"]:.0%} of those rows are correct.
+  {quality["log_loss"]:.3f}, with both labels weighing as in train {quality["loss"]:.3f}.
+  {quality["share_true"]:.0%} of those rows are correct.
 - Trained on the dataset with fingerprint `{data}`.
 - The prompt and the two answer words are in `veritune.json`; use no others.
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..durable import replace_file
 from ..redact import redact
 from .plan import Plan
 
@@ -139,7 +140,5 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
     with suppress(OSError):
-        partial.write_bytes(data)
-        partial.replace(path)
+        replace_file(path, data)

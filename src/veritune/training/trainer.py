@@ -40,7 +40,7 @@ def train(
     watch: Watch | None = None,
     adapters: bool = True,
 ) -> dict[str, Any]:
-    """Trains one run, or goes on with it, and returns the last validation's figures; see `quality.metrics.measure`.
+    """Trains one run, or goes on with it, and returns the last validation's figures; see `measure.validate`.
 
     The run folder then holds `adapter/` (the last weights), `best/` (the lowest validation loss), `metrics.jsonl`,
     `evaluation.json` and what a resume or a report needs; without `adapters`, not the first two. For many runs in one
