@@ -1,4 +1,4 @@
-"""The attention that is tried in benchmarks/trie_attention.py, run by Triton's interpreter: right, and repeatable."""
+"""The attention that is tried in benchmarks/trie_attention.py: right, and repeatable."""
 
 import os
 import subprocess
@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-def test_it_gives_the_outputs_and_gradients_of_plain_products() -> None:
+@pytest.mark.parametrize("how", ["interpreted", pytest.param("compiled", marks=ON_GPU)])
+def test_it_gives_the_outputs_and_gradients_of_plain_products(how: str) -> None:
     pytest.importorskip("triton", reason="torch comes without Triton here")
     file = Path(__file__).parents[1] / "benchmarks/trie_attention.py"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "TRITON_INTERPRET": "1"} if how == "interpreted" else dict(os.environ)
     done = subprocess.run([sys.executable, file, "--check"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 5
