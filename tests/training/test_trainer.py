@@ -140,6 +140,31 @@ def test_the_best_adapter_is_that_of_the_loss_at_trains_share(tiny_folder: Path,
     assert folder.read(out).metrics.best == found[by["loss"]] | {"step": by["loss"]}
 
 
+def test_a_run_whose_best_was_chosen_by_another_figure_chooses_anew(
+    uninterrupted: config.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of an earlier version, with figures that know no `loss` and a best that none will get under."""
+
+    def earlier(state: Any, saved: Any) -> Any:
+        for found in (saved.state["at"]["quality"], saved.state["at"]["best_quality"]):
+            del found["loss"]
+        saved.state["at"]["best"] = 1e-3
+        return progress.restore(state, saved)
+
+    last = int(checkpoints(Path(uninterrupted.out))[-1].name.removeprefix("step-"))
+    for step in (4, last):
+        run = copied_until(uninterrupted, step, tmp_path / f"from-{step}")
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "restore", earlier)
+            trained(run)
+        found = {line["step"]: line["validation"]["loss"] for line in metrics(Path(run.out)) if "validation" in line}
+        card = (Path(run.out) / "adapter" / "README.md").read_text(encoding="utf-8")
+        assert f"After step {last}," in card
+        if step < last:
+            best = min((at for at in found if at > step), key=found.__getitem__)
+            assert f"After step {best}," in (Path(run.out) / "best" / "README.md").read_text(encoding="utf-8")
+
+
 # A stop changes nothing.
 
 

@@ -101,7 +101,10 @@ def restore(state: "Training", saved: Saved) -> At:
     if "fork" in saved.state:
         state.fork = Point(tensors["fork_adapter"], tensors["fork_optimizer"], saved.state["fork"])
     at = At(**saved.state["at"])
+    at.quality, at.best_quality = metrics.figures(at.quality), metrics.figures(at.best_quality)
     if at.best is None or "loss" not in (at.best_quality or {}):  # earlier versions chose by another figure
         at.best = math.inf
-    at.quality, at.best_quality = metrics.figures(at.quality), metrics.figures(at.best_quality)
+    for found in (at.quality, at.best_quality):
+        if found:
+            found.setdefault("loss", math.nan)
     return at
