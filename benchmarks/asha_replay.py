@@ -17,7 +17,13 @@ import numpy as np
 import optuna
 
 
-def replay(pool: list[dict[str, Any]], order: list[int], reduction: int, rungs: int) -> tuple[float, float]:
+def best_point(trial: dict[str, Any], by: str) -> tuple[float, float]:
+    """The figure by which a trial is chosen, the less the better, and AUROC, at its best validation."""
+    points = [(-point["auroc"] if by == "auroc" else point["loss"], point["auroc"]) for point in trial["curve"]]
+    return min(points, default=(float("inf"), float("nan")))
+
+
+def replay(pool: list[dict[str, Any]], order: list[int], reduction: int, rungs: int, by: str) -> tuple[float, float]:
     """AUROC of the trial that ASHA chooses, and the seconds it spends."""
     study = optuna.create_study(
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=reduction)
@@ -25,17 +31,17 @@ def replay(pool: list[dict[str, Any]], order: list[int], reduction: int, rungs: 
     spent, best = 0.0, (float("inf"), float("nan"))
     for number in order:
         trial, recorded = study.ask(), pool[number]
-        curve, stopped = recorded["curve"], False
-        for point in curve:
+        stopped = False
+        for point in recorded["curve"]:
             rung = int(rungs * point["step"] / recorded["steps"] + 1e-9)
-            trial.report(point["loss"], rung)
+            trial.report(-point["auroc"] if by == "auroc" else point["loss"], rung)
             if rung < rungs and trial.should_prune():
                 spent, stopped = spent + point["seconds"], True
                 break
         if not stopped:
             spent += recorded["seconds"] or 0.0
             if recorded["state"] == "complete":
-                best = min(best, (recorded["loss"], recorded["auroc"]))
+                best = min(best, best_point(recorded, by))
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return best[1], spent
 
@@ -46,18 +52,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--reduction", type=int, default=3)
     parser.add_argument("--rungs", type=int, default=9, help="the sweep's `validations`")
+    parser.add_argument("--by", choices=("loss", "auroc"), default="loss", help="what trials are compared by")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pool = [json.loads(text) for text in options.trials.read_text().splitlines()]
     if not all(trial["state"] in ("complete", "diverged", "failed") for trial in pool):
         parser.error(f"{options.trials}: the pool must be complete (or diverged) trials of a sweep without pruner")
-    best = max(trial["auroc"] for trial in pool if trial["state"] == "complete" and trial["auroc"] is not None)
+    best = max(point["auroc"] for trial in pool if trial["state"] == "complete" for point in trial["curve"])
     total = sum(trial["seconds"] or 0.0 for trial in pool)
     print(f"{len(pool)} trials, best validation AUROC {best:.4f}, {total:.0f} s in all")
     shares = []
     for seed in range(options.seeds):
         order = np.random.default_rng(seed).permutation(len(pool)).tolist()
-        auroc, spent = replay(pool, order, options.reduction, options.rungs)
+        auroc, spent = replay(pool, order, options.reduction, options.rungs, options.by)
         shares.append((auroc / best, spent / total))
         print(f"seed {seed}: AUROC {auroc:.4f}, {auroc / best:.1%} of the best, in {spent / total:.1%} of the time")
     quality, time = np.array(shares).T
