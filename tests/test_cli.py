@@ -296,6 +296,8 @@ def test_evaluate(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["adapter"]["log_loss"] != found["baseline"]["log_loss"]
     assert sum(entry["rows"] for entry in found["by"]["solver"]) == 16
     assert f"{found['adapter']['accuracy']:.4f}" in shown
+    assert "meant for rows of which 50.0% are correct" in shown
+    assert found["train_share"] == 0.5
     # For another share of correct solutions: more are called so, none changes its place.
     assert run(["evaluate", str(place.best), str(place.held_out), "--share", "0.95", "--out", str(out)]) == 0
     moved, table = json.loads(out.read_text())["adapter"], found["adapter"]["confusion"]

@@ -168,8 +168,7 @@ def evaluate(
 
     if baseline and how.share is not None:
         raise ConfigError(
-            "--share with --baseline: the base model was trained for no share of labels, so only the adapter's scores "
-            "can be moved to one, and a comparison would show just that; give them in two commands"
+            "--share with --baseline: the base model was trained for no share, so a comparison would show just the move"
         )
     frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
     if out and out.is_dir():
@@ -182,7 +181,10 @@ def evaluate(
     plain = None
     if baseline:
         plain = evaluation.score_frame(verifier.without_adapter().score_rows, rows, console)
-    result = evaluation.evaluate(frame, scores, plain, by, columns=how.columns, where=str(data), share=how.share)
+    result = evaluation.evaluate(
+        frame, scores, plain, by, columns=how.columns, where=str(data), share=how.share,
+        train_share=verifier.train_share,
+    )  # fmt: skip
     evaluation.show(result, console)
     if out:
         evaluation.write(result, out)
@@ -320,14 +322,9 @@ def load_verifier(adapter: Path, how: "UseSettings", merge: bool | None = None) 
 
     with console.status("loading the model"):
         return Verifier.load(
-            adapter,
-            base=how.model,
-            precision=how.base,
-            device=how.device,
-            merge=merge,
-            share=how.share,
+            adapter, base=how.model, precision=how.base, device=how.device, merge=merge, share=how.share,
             warn=console.out,
-        )
+        )  # fmt: skip
 
 
 VERBS: dict[str, Callable[..., None]] = {

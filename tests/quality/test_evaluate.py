@@ -67,6 +67,20 @@ def test_the_table_and_the_json_tell_the_same(tmp_path, console):
     assert json.loads(path.read_text()) == result
 
 
+@pytest.mark.parametrize(
+    ("share", "trained", "meant", "hint"),
+    [(None, 0.3, "30.0%", True), (None, 0.58, "58.0%", False), (0.6, 0.3, "60.0%", False), (None, None, None, False)],
+)
+def test_it_says_for_which_share_the_scores_are_meant(console, share, trained, meant, hint):
+    frame, good, _ = some_frame()
+    result = ev.evaluate(frame, good, share=share, train_share=trained, resamples=20)
+    ev.show(result, console)
+    shown = console.file.getvalue()
+    assert (f"meant for rows of which {meant} are correct" in shown) == (meant is not None)
+    own = result["adapter"]["share_true"]
+    assert (f"--share {own:.2f} moves it to these" in shown) == hint
+
+
 def test_a_value_with_one_label_has_a_dash_for_its_auroc_and_null_in_the_json(tmp_path, console):
     frame, good, _ = some_frame()
     kind = pl.when(pl.col("is_correct")).then(pl.lit("good")).otherwise(pl.lit(None))

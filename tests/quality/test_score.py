@@ -247,7 +247,7 @@ def test_a_side_file_torn_at_any_byte_costs_one_chunk(tmp_path, console):
 def test_a_side_file_of_something_else_is_refused_with_advice(tmp_path, console, scorer):
     source, out, partial = interrupted(tmp_path, console)
     kept = partial.read_bytes()
-    with pytest.raises(DataError, match=r"another adapter, base or prompt.*Delete it"):
+    with pytest.raises(DataError, match=r"another adapter, base, prompt or share.*Delete it"):
         score(scorer, source, out, console, identity="adapter 2")
     with pytest.raises(DataError, match="other columns"):
         score(scorer, source, out, console, columns=Columns(question="solution", solution="question"))

@@ -50,8 +50,10 @@ class Verifier:
     """Tokens computed at once."""
     precision: str = "bf16"
     """How the base is held; see `config.Model.base`."""
-    shares: tuple[float, float] | None = None
-    """Of train's rows and of those to be scored, how many are correct; see `verdict.at_share`."""
+    train_share: float | None = None
+    """Of train's rows, how many are correct, if that is known."""
+    share: float | None = None
+    """The same of the rows to be scored, to which scores are moved (`verdict.at_share`)."""
     pace: Pace = field(default_factory=Pace)
     warn: Callable[[str], None] = print
 
@@ -114,7 +116,8 @@ class Verifier:
             way=loaded.ways[about.frame.max_length],
             budget=MICRO_BATCH_TOKENS[loaded.device.type],
             precision=precision,
-            shares=None if share is None or about.share is None else (about.share, share),
+            train_share=about.share,
+            share=share,
             warn=warn,
         )
 
@@ -141,7 +144,7 @@ class Verifier:
         started = time.perf_counter()
         p = self._scores(questions, solutions, progress)
         self.pace.seconds += time.perf_counter() - started
-        return p if self.shares is None else at_share(p, *self.shares)
+        return p if self.share is None or self.train_share is None else at_share(p, self.train_share, self.share)
 
     def _scores(
         self, questions: Sequence[str], solutions: Sequence[str], progress: Callable[[int], None] | None

@@ -29,6 +29,8 @@ MOST_VALUES = 200
 """Values a column may have to be evaluated by."""
 SHOWN = 40
 """Values of a column that are printed; all of them are in the JSON."""
+FAR = 0.1
+"""Between two shares of correct rows: from there on verdicts for the one cost the other some accuracy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,7 @@ def evaluate(
     columns: Columns | None = None,
     where: str = "the rows",
     share: float | None = None,
+    train_share: float | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
@@ -150,8 +153,8 @@ def evaluate(
 
     Returns counts; `adapter` and `baseline` (see `metrics.measure`; an undefined figure is None); `difference`,
     adapter minus baseline (see `metrics.paired`); `by`: column -> a list with each value's figures, the most frequent
-    value first; and `share`, of correct solutions, that the scores were moved to. Raises DataError as `check` does, and
-    NonFiniteError if a row that can be scored has no score.
+    value first; `share`, of correct solutions, that the scores were moved to, and that of train. Raises DataError as
+    `check` does, and NonFiniteError if a row that can be scored has no score.
     """
     rows = check(frame, columns, by=by, where=where)
     used = np.array([row for row in range(len(frame)) if row not in rows.unscorable], dtype=np.int64)
@@ -172,6 +175,7 @@ def evaluate(
         "columns": dict(zip(("question", "solution", "label"), rows.names, strict=True)),
         "threshold": THRESHOLD,
         "share": share,
+        "train_share": train_share,
         "interval": {"level": LEVEL, "method": "bootstrap over questions", "resamples": resamples, "seed": seed},
         "adapter": figures(used, p_correct),
         "baseline": None,
@@ -208,8 +212,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     adapter, baseline = result["adapter"], result["baseline"]
     rows, questions, share = adapter["rows"], adapter["questions"], adapter["share_true"]
     say(console, f"{rows:,} rows of {questions:,} questions, {share:.1%} of the solutions correct")
-    if result["share"] is not None:
-        say(console, f"P(correct) is meant for rows of which {result['share']:.1%} are correct")
+    meant = result["train_share"] if result["share"] is None else result["share"]
+    if meant is not None:
+        hint = f"; --share {share:.2f} moves it to these" if abs(meant - share) > FAR else ""
+        say(console, f"P(correct) is meant for rows of which {meant:.1%} are correct{hint}")
     if result["unscored"]:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result["unscored"].items())
         say(console, f"{sum(result['unscored'].values()):,} more rows could not be scored ({reasons})")
