@@ -29,7 +29,7 @@ def validate(state: "Training", stop: Session) -> tuple[dict[str, Any], np.ndarr
     p = _scores(state, held, stop)
 
     def figures() -> dict[str, Any]:
-        loss = metrics.log_loss(held.labels, p, float(state.train.labels.mean()))
+        loss = metrics.log_loss(held.labels, p, state.about.share)
         return {**metrics.measure(held.labels, p, held.groups), "loss": loss}
 
     return state.world.from_first(figures), p
