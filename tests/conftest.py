@@ -18,7 +18,8 @@ from tiny_models import write_folder
 
 @pytest.fixture(autouse=True)
 def _default_stream(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On a GPU: recording leaves the thread on a stream of its own, beside which the next test's work would run."""
+    """What is marked `gpu` runs where there is one, and on its default stream: recording leaves the thread on a stream
+    of its own, beside which the next test's work would run."""
     if request.node.get_closest_marker("gpu") is None:
         yield
         return

@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.mark.parametrize("how", ["interpreted", pytest.param("compiled", marks=ON_GPU)])
+@pytest.mark.parametrize("how", ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)])
 def test_it_gives_the_outputs_and_gradients_of_plain_products(how: str) -> None:
     pytest.importorskip("triton", reason="torch comes without Triton here")
     file = Path(__file__).parents[1] / "benchmarks/trie_attention.py"

@@ -14,7 +14,7 @@ from veritune.model.head import WideHead
 from veritune.model.verdict import label_logits, label_loss, rowwise_logits
 from veritune.tokens.trie import build
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = pytest.mark.gpu
 ANSWERS = (3, 4)
 
 

@@ -13,7 +13,7 @@ from veritune import config
 from veritune.data.generate import generate
 from veritune.training import step as steps
 
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+ON_GPU = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,6 @@ def resumed(kind: str, saved: checkpoint.Saved, device: str = "cpu", restore: bo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_bit_for_bit(tmp_path, kind, dtype, device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
     params, optimizer = start(kind, dtype, device)
     train(params, optimizer, range(5))
     saved = through_disk(tmp_path, params, optimizer)
@@ -92,8 +90,6 @@ def test_training_goes_on_bit_for_bit(tmp_path, kind, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW32bit", "Lion8bit"])
 def test_one_wait_a_step_changes_no_bit_of_what_bitsandbytes_computes(name, device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
     both = []
     for kind in (getattr(ours, name), getattr(bnb.optim, name)):
         params, _ = start("adamw_torch", device=device)
@@ -119,8 +115,6 @@ def test_eight_bit_state_is_quantised_and_its_map_written_once(tmp_path, kind):
 
 @pytest.mark.gpu
 def test_paged_state_is_paged_again(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
     params, optimizer = start("paged_adamw_32bit", device="cuda")
     train(params, optimizer, range(2))
     params, optimizer = resumed("paged_adamw_32bit", through_disk(tmp_path, params, optimizer), "cuda")
