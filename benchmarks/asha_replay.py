@@ -17,10 +17,9 @@ import numpy as np
 import optuna
 
 
-def best_point(trial: dict[str, Any], by: str) -> tuple[float, float]:
-    """The figure by which a trial is chosen, the less the better, and AUROC, at its best validation."""
-    points = [(-point["auroc"] if by == "auroc" else point["loss"], point["auroc"]) for point in trial["curve"]]
-    return min(points, default=(float("inf"), float("nan")))
+def figure(point: dict[str, Any], by: str) -> float:
+    """What trials are compared by at a validation, the less the better."""
+    return -point["auroc"] if by == "auroc" else point["loss"]
 
 
 def replay(pool: list[dict[str, Any]], order: list[int], reduction: int, rungs: int, by: str) -> tuple[float, float]:
@@ -34,14 +33,14 @@ def replay(pool: list[dict[str, Any]], order: list[int], reduction: int, rungs: 
         stopped = False
         for point in recorded["curve"]:
             rung = int(rungs * point["step"] / recorded["steps"] + 1e-9)
-            trial.report(-point["auroc"] if by == "auroc" else point["loss"], rung)
+            trial.report(figure(point, by), rung)
             if rung < rungs and trial.should_prune():
                 spent, stopped = spent + point["seconds"], True
                 break
         if not stopped:
             spent += recorded["seconds"] or 0.0
             if recorded["state"] == "complete":
-                best = min(best, best_point(recorded, by))
+                best = min([best, *((figure(point, by), point["auroc"]) for point in recorded["curve"])])
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return best[1], spent
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from veritune.model import attention
 from veritune.tokens.trie import Trie, build, split
 
 PIECE = 8
@@ -253,17 +254,17 @@ def backward(
     return dq, dk, dv
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, until: np.ndarray) -> Tensor:
-    """The same by products over all pairs of tokens."""
-    group, i = q.shape[1] // k.shape[1], torch.arange(len(q), device=q.device)
-    sees = (i[None, :] <= i[:, None]) & (i[:, None] < torch.from_numpy(until).to(q.device)[None, :])
-    keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
-    s = torch.einsum("ihd,jhd->hij", q, keys) * q.shape[-1] ** -0.5
-    return torch.einsum("hij,jhd->ihd", s.masked_fill(~sees, float("-inf")).softmax(-1), values)
+def in_use(trie: Trie, device: torch.device, width: int) -> tuple[Any, ...]:
+    """What `attention.attend` takes after q, k and v."""
+    along = attention.paths_of(trie, device)
+    return (
+        along.segments, along.path, along.paths, along.order, along.starts, along.longest_segment, along.longest_path,
+        width**-0.5,
+    )  # fmt: skip
 
 
 def check(device: torch.device, dtype: torch.dtype, allowed: float) -> None:
-    """Compares outputs and gradients with `plain` in float64 on some tries."""
+    """Compares outputs and gradients with those in use, plain products in float64 here, on some tries."""
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(5, 1000, n).astype(np.int32)  # noqa: E731
     for heads, key_heads, width, block, questions, each in (
@@ -274,22 +275,14 @@ def check(device: torch.device, dtype: torch.dtype, allowed: float) -> None:
             question = np.concatenate((head, draw(int(rng.integers(9, 40)))))
             rows += [np.concatenate((question, draw(int(rng.integers(1, 60))))) for _ in range(each)]
         trie = build(rows)
-        until = until_of(trie)
-        seen = np.zeros((trie.tokens, trie.tokens), dtype=bool)
-        for s in range(len(trie.segments) - 1):
-            path = trie.path[trie.paths[s] : trie.paths[s + 1]]
-            for t in range(trie.segments[s], trie.segments[s + 1]):
-                seen[t, path[path <= t]] = True
-        i = np.arange(trie.tokens)
-        assert (seen == ((i[None, :] <= i[:, None]) & (i[:, None] < until[None, :]))).all()
-        to = tables(until, block, device)
+        to = tables(until_of(trie), block, device)
         torch.manual_seed(0)
         make = lambda n: torch.randn(trie.tokens, n, width, device=device).to(dtype)  # noqa: B023, E731
         q, k, v, grad = make(heads), make(key_heads), make(key_heads), make(heads)
         out, sums = forward(q, k, v, to)
         found = (out, *backward(grad, q, k, v, out, sums, to))
         exact = [x.double().requires_grad_(True) for x in (q, k, v)]
-        wanted = plain(*exact, until)
+        wanted, _ = attention.attend(*exact, *in_use(trie, device, width))
         wanted.backward(grad.double())
         for name, ours, right in zip("oqkv", found, (wanted, *(x.grad for x in exact)), strict=True):
             off = float((ours.double() - right).norm() / right.norm())
@@ -316,8 +309,6 @@ def timed(compute: Any) -> float:
 
 def compare(file: Path, heads: int, key_heads: int, width: int, tokens: int) -> None:
     """Times of one layer's attention on real rows, both ways."""
-    from veritune.model import attention
-
     device, saved = torch.device("cuda"), np.load(file)
     offsets = saved["offsets"]
     rows = [saved["ids"][a:b] for a, b in pairwise(offsets[:4097])]
@@ -325,9 +316,7 @@ def compare(file: Path, heads: int, key_heads: int, width: int, tokens: int) -> 
     torch.manual_seed(0)
     make = lambda n: torch.randn(trie.tokens, n, width, device=device, dtype=torch.bfloat16)  # noqa: E731
     q, k, v, grad = make(heads), make(key_heads), make(key_heads), make(heads)
-    along = attention.paths_of(trie, device)
-    given = (along.segments, along.path, along.paths, along.order, along.starts, along.longest_segment,
-             along.longest_path, width**-0.5)  # fmt: skip
+    given = in_use(trie, device, width)
     was, its = attention.attend(q, k, v, *given)
     old = attention.attend_backward(grad, q, k, v, was, its, *given)
     print(f"{heads}/{key_heads} heads x {width}: {trie.tokens:,} tokens, {len(trie.path):,} path entries, "
