@@ -133,7 +133,8 @@ def test_fp8_products_on_the_gpu_are_those_their_numbers_stand_for(compiled):
         + low.double() @ up.double().t()
     )
     assert (y - exact).norm() < 0.01 * exact.norm()
-    back = precision.plus_back(kind, grad, parts, low, torch.zeros(layer.in_features, 8, device=device).bfloat16())
+    nothing = torch.zeros(layer.in_features, 8, device=device).bfloat16()
+    back = precision.plus_back(kind, [grad], [parts], low, nothing)
     exact = spelt(*precision.quantise_rows(grad)) @ spelt(layer.by_column, layer.column_scale.t()).t()
     assert (back.double() - exact).norm() < 0.01 * exact.norm()
     # and the whole model learns nearly what the bf16 one learns
