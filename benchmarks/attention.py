@@ -88,19 +88,19 @@ def main() -> None:
     flash, flash_back, entries = over_paths(trie, (q, k, v, grad))
     blocks = blocks_of(trie.until)
     print(f"{heads}/{key_heads} heads x {width}: {trie.tokens:,} tokens, {entries:,} path entries, "
-          f"{len(blocks.seers):,} pairs of blocks, {blocks.parts} parts")  # fmt: skip
+          f"{blocks.pieces:,} pieces, {blocks.parts} parts")  # fmt: skip
     a, b = timed(flash), timed(flash_back)
     print(f"{'FlashAttention 2 over paths':28} forward {a:7.3f}  backward {b:7.3f}  both {a + b:7.3f} ms")
-    until, *lists = (torch.from_numpy(array).cuda() for array in (trie.until, *blocks.arrays))
-    of, scale = trie_kernels.Lists(until, *lists, parts=blocks.parts), width**-0.5
+    until, table, scale = torch.from_numpy(trie.until).cuda(), torch.from_numpy(blocks.table).cuda(), width**-0.5
+    of = until, table, blocks.pieces, blocks.sums, blocks.parts
     right = (flash()[0], *flash_back())
     for warps, stages in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3)):
         with patch.object(trie_kernels, "_warps", lambda _, n=warps: n), patch.object(trie_kernels, "STAGES", stages):
-            out, logs = trie_kernels.forward(q, k, v, of, scale)
-            found = (out, *trie_kernels.backward(grad, q, k, v, out, logs, of, scale))
+            out, logs = trie_kernels.forward(q, k, v, until, table, scale)
+            found = (out, *trie_kernels.backward(grad, q, k, v, out, logs, *of, scale))
             off = max(float((x - y).norm() / y.norm()) for x, y in zip(found, right, strict=True))
-            a = timed(lambda: trie_kernels.forward(q, k, v, of, scale))
-            b = timed(lambda: trie_kernels.backward(grad, q, k, v, out, logs, of, scale))  # noqa: B023
+            a = timed(lambda: trie_kernels.forward(q, k, v, until, table, scale))
+            b = timed(lambda: trie_kernels.backward(grad, q, k, v, out, logs, *of, scale))  # noqa: B023
         print(f"{f'{warps} warps, {stages} stages':28} forward {a:7.3f}  backward {b:7.3f}  both {a + b:7.3f} ms; "
               f"off by {off:.1e}")  # fmt: skip
 

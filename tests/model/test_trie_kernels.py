@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from veritune.model import attention, trie_kernels
-from veritune.tokens.blocks import blocks_of, widened
+from veritune.tokens.blocks import blocks_of
 from veritune.tokens.pad import Size, pad
 from veritune.tokens.trie import build
 
@@ -30,23 +30,22 @@ for heads, key_heads, width, questions, each in shapes:
         question = np.concatenate((head, draw(int(rng.integers(9, 40)))))
         rows += [np.concatenate((question, draw(int(rng.integers(1, 60))))) for _ in range(each)]
     trie = build(rows)
-    blocks = blocks_of(trie.until)
-    padded = pad(trie, Size.of(trie).roomy())
-    for trie, blocks in ((trie, blocks), (padded, widened(blocks_of(padded.until), padded.tokens))):
-        until, *lists = (torch.from_numpy(array).to(device) for array in (trie.until, *blocks.arrays))
-        of = trie_kernels.Lists(until, *lists, parts=blocks.parts)
+    for trie, room in ((trie, False), (pad(trie, Size.of(trie).roomy()), True)):
+        blocks = blocks_of(trie.until, room=room)
+        until, table = (torch.from_numpy(array).to(device) for array in (trie.until, blocks.table))
+        of = until, table, blocks.pieces, blocks.sums, blocks.parts
         torch.manual_seed(0)
         make = lambda n: torch.randn(trie.tokens, n, width, device=device).to(dtype)
         q, k, v, grad = make(heads), make(key_heads), make(key_heads), make(heads)
-        out, logs = trie_kernels.forward(q, k, v, of, width**-0.5)
-        found = (out, *trie_kernels.backward(grad, q, k, v, out, logs, of, width**-0.5))
+        out, logs = trie_kernels.forward(q, k, v, until, table, width**-0.5)
+        found = (out, *trie_kernels.backward(grad, q, k, v, out, logs, *of, width**-0.5))
         exact = [x.double().requires_grad_(True) for x in (q, k, v)]
-        wanted, _ = attention.attend(*exact, until, [], 0, width**-0.5)
+        wanted, _ = attention.attend(*exact, until, until[:0], 0, 0, 0, width**-0.5)
         wanted.backward(grad.double())
         for name, ours, right in zip("oqkv", found, (wanted.detach(), *(x.grad for x in exact)), strict=True):
             off = float((ours.double() - right).norm() / right.norm())
             assert off < allowed, f"{name} of {heads}/{key_heads} heads x {width}: off by {off:.1e}"
-        again = trie_kernels.backward(grad, q, k, v, out, logs, of, width**-0.5)
+        again = trie_kernels.backward(grad, q, k, v, out, logs, *of, width**-0.5)
         assert all(torch.equal(x, y) for x, y in zip(found[1:], again, strict=True))
         print(trie.tokens, blocks.parts)
 """

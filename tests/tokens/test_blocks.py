@@ -1,12 +1,11 @@
 """The lists of blocks hold each pair in which a token sees another once, and only those."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pad import made
 
-from veritune.tokens.blocks import BLOCK, PIECE, blocks_of, room, widened
+from veritune.tokens.blocks import BLOCK, PIECE, Blocks, blocks_of
 from veritune.tokens.pad import Size, pad
 
 
@@ -17,50 +16,54 @@ def pairs(until: np.ndarray) -> set[tuple[int, int]]:
     return {(int(a) // BLOCK, int(b) // BLOCK) for a, b in zip(*np.nonzero(sees), strict=True)}
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10_000), st.integers(1, 60))
-def test_each_pair_is_gone_through_once_from_either_side(seed: int, rows: int) -> None:
+def read(blocks: Blocks, tokens: int) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+    """The pairs in which a block sees an earlier one, the pieces, and the sums."""
+    count, table = -(-tokens // BLOCK), blocks.table
+    ends = count + 1 + 4 * blocks.pieces, count + 1 + 4 * blocks.pieces + 3 * blocks.sums
+    seen = [(a, int(b)) for a in range(count) for b in table[table[a] : table[a + 1]]]
+    return seen, table[count + 1 : ends[0]].reshape(-1, 4), table[ends[0] : ends[1]].reshape(-1, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.booleans())
+def test_each_pair_is_gone_through_once_from_either_side(seed: int, rows: int, room: bool) -> None:
     until = made(seed, rows).until
-    found, wanted = blocks_of(until), pairs(until)
-    assert all(array.dtype == np.int32 for array in found.arrays)
-    own = range(len(found.starts) - 1)
-    seen = [(a, int(b)) for a in own for b in found.seen[found.starts[a] : found.starts[a + 1]]]
+    found, wanted = blocks_of(until, room=room), pairs(until)
+    assert found.table.dtype == np.int32
+    seen, pieces, _ = read(found, len(until))
     assert len(set(seen)) == len(seen)
-    assert {*seen, *((a, a) for a in own)} == wanted
-    at = [(int(a), int(b)) for b, first, last, _ in found.pieces for a in found.seers[first:last]]
+    assert {*seen, *((a, a) for a, _ in wanted)} == wanted
+    at = [(int(a), int(b)) for b, first, last, _ in pieces for a in found.table[first:last]]
     assert len(set(at)) == len(at)
     assert set(at) == wanted
-    assert all(last - first <= PIECE for _, first, last, _ in found.pieces)
+    assert all(last - first <= PIECE for _, first, last, _ in pieces)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10_000), st.integers(1, 60))
-def test_the_parts_of_a_block_stand_beside_each_other_and_are_summed_once(seed: int, rows: int) -> None:
-    found = blocks_of(made(seed, rows).until)
-    numbers = [int(part) for *_, part in found.pieces if part >= 0]
-    assert numbers == list(range(found.parts))
-    of = {int(part): int(block) for block, _, _, part in found.pieces if part >= 0}
-    assert {part: int(block) for block, first, last in found.sums for part in range(first, last)} == of
-    assert all(last - first > 1 for _, first, last in found.sums)
-    alone = [int(block) for block, *_, part in found.pieces if part < 0]
-    assert sorted([*alone, *(int(block) for block, _, _ in found.sums)]) == list(range(len(found.starts) - 1))
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.booleans())
+def test_the_parts_of_a_block_stand_beside_each_other_and_are_summed_once(seed: int, rows: int, room: bool) -> None:
+    until = made(seed, rows).until
+    count, found = -(-len(until) // BLOCK), blocks_of(until, room=room)
+    _, pieces, sums = read(found, len(until))
+    of = {int(part): int(block) for block, _, _, part in pieces if part >= 0}
+    assert sorted(of) == list(range(len(of)))
+    assert len(of) <= found.parts
+    assert {part: int(block) for block, first, last in sums for part in range(first, last)} == of
+    alone = [int(block) for block, first, last, part in pieces if part < 0 and first < last]
+    assert sorted([*alone, *(int(block) for block, first, last in sums if first < last)]) == list(range(count))
+    idle = [(int(block), int(part)) for block, first, last, part in pieces if first == last]
+    assert set(idle) <= {(count, -1)}
 
 
-def test_widened_lists_are_as_long_for_every_trie_of_a_size_and_say_the_same() -> None:
-    tries = [made(seed, 30) for seed in range(4)]
+def test_tries_of_one_size_have_lists_of_one_size() -> None:
+    tries = [made(seed, 30) for seed in range(6)]
     size = Size(-(-max(trie.tokens for trie in tries) // BLOCK) * BLOCK, 32)
-    for trie in tries:
-        until = pad(trie, size).until
-        plain, wide = blocks_of(until), widened(blocks_of(until), size.tokens)
-        assert wide is not None
-        assert tuple(len(array) for array in wide.arrays) == room(size.tokens)[0]
-        for short, long in zip(plain.arrays, wide.arrays, strict=True):
-            assert (long[: len(short)] == short).all()
-        assert (wide.pieces[len(plain.pieces) :] == (size.tokens // BLOCK, 0, 0, -1)).all()
-        assert (wide.sums[len(plain.sums) :] == 0).all()
+    assert len({blocks_of(pad(trie, size).until, room=True).size for trie in tries}) == 1
+    one_row = np.full(size.tokens, size.tokens, dtype=np.int32)
+    assert blocks_of(one_row, room=True).size == blocks_of(pad(tries[0], size).until, room=True).size
+    long = np.full(8192, 8192, dtype=np.int32)  # 128 blocks that all see all before them: over a thousand parts
+    assert blocks_of(long, room=True).parts > 4 * 128
 
 
-@pytest.mark.parametrize(("tokens", "fits"), [(2048, True), (8192, False)])
-def test_one_row_alone_has_more_parts_than_are_provided_for_once_it_is_long(tokens: int, fits: bool) -> None:
-    """All see all: 128 blocks have over a thousand parts."""
-    assert (widened(blocks_of(np.full(tokens, tokens, dtype=np.int32)), tokens) is not None) == fits
+def test_there_are_at_least_two_of_each() -> None:
+    assert min(blocks_of(np.ones(1, dtype=np.int32)).size) >= 2

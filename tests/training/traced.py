@@ -72,7 +72,7 @@ class _Attend(torch.autograd.Function):
         own += [k.new_empty((ctx.parts * BLOCK, *k.shape[1:]), dtype=torch.float32) for _ in range(2)]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         del grad
-        return None, dq, dk, dv, *[None] * 4
+        return None, dq, dk, dv, *[None] * 6
 
 
 @contextmanager

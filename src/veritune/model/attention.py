@@ -37,8 +37,10 @@ class Paths:
     until: Tensor  # int32 [T]
     ends: Tensor  # int64 [rows]
     longest: int  # tokens of the longest row
-    lists: tuple[Tensor, ...]  # those of `Blocks`, in its order, for the kernels; none where they do not work
-    parts: int  # that of `Blocks`
+    table: Tensor  # int32: that of `Blocks`, for the kernels; empty where they do not work
+    pieces: int
+    sums: int
+    parts: int
 
 
 def paths_of(trie: Trie, device: torch.device) -> Paths:
@@ -46,9 +48,9 @@ def paths_of(trie: Trie, device: torch.device) -> Paths:
     move = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
     until, ends = move(trie.until), move(trie.ends)
     if device.type != "cuda" or problem_of_kernels():
-        return Paths(until, ends, trie.longest, (), 0)
+        return Paths(until, ends, trie.longest, until[:0], 0, 0, 0)
     blocks = blocks_of(trie.until)
-    return Paths(until, ends, trie.longest, tuple(move(array) for array in blocks.arrays), blocks.parts)
+    return Paths(until, ends, trie.longest, move(blocks.table), blocks.pieces, blocks.sums, blocks.parts)
 
 
 def path_attention(
@@ -75,43 +77,43 @@ def path_attention(
         raise ModelError(f"its attention uses {', '.join(asked) or 'dropout'}")
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    out, _ = attend(q, k, v, paths.until, list(paths.lists), paths.parts, scale)
+    out, _ = attend(q, k, v, paths.until, paths.table, paths.pieces, paths.sums, paths.parts, scale)
     return out[None], None
 
 
 @torch.library.custom_op("veritune::attend", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, until: Tensor, lists: list[Tensor], parts: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, pieces: int, sums: int, parts: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q [T, heads, d], k and v [T, key heads, d] -> [T, heads, d], and what the backward pass needs of the softmax."""
-    if not _fast(q, lists):
+    if not _fast(q, table):
         return _by_segment(q, k, v, until, scale), q.new_empty(0)
     from . import trie_kernels
 
-    return trie_kernels.forward(q, k, v, trie_kernels.Lists(until, *lists, parts=parts), scale)
+    return trie_kernels.forward(q, k, v, until, table, scale)
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, until: Tensor, lists: list[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
-    logs = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if _fast(q, lists) else q.new_empty(0)
+def _(q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    logs = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if _fast(q, table) else q.new_empty(0)
     return torch.empty_like(q), logs
 
 
 @torch.library.custom_op("veritune::attend_backward", mutates_args=())
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, until: Tensor, lists: list[Tensor],
-    parts: int, scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, until: Tensor, table: Tensor,
+    pieces: int, sums: int, parts: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v.
 
     Keys and values that many rows share sum theirs in float32: a bf16 sum over 64 to 256 rows would lose 1 to 2 %.
     """
-    if not _fast(q, lists):
+    if not _fast(q, table):
         return _by_segment_backward(grad, q, k, v, out, until, scale)
     from . import trie_kernels
 
-    of = trie_kernels.Lists(until, *lists, parts=parts)
-    return trie_kernels.backward(grad.contiguous(), q, k, v, out, logs, of, scale)
+    grad = grad.contiguous()
+    return trie_kernels.backward(grad, q, k, v, out, logs, until, table, pieces, sums, parts, scale)
 
 
 @attend_backward.register_fake
@@ -120,21 +122,21 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tens
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, until, lists, ctx.parts, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, until, *lists, *output)
+    *tensors, ctx.pieces, ctx.sums, ctx.parts, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Any, ...]:
-    q, k, v, until, *lists, out, logs = ctx.saved_tensors
-    grads = attend_backward(grad, q, k, v, out, logs, until, lists, ctx.parts, ctx.scale)
-    return *grads, None, [None] * len(lists), None, None
+def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, until, table, out, logs = ctx.saved_tensors
+    grads = attend_backward(grad, q, k, v, out, logs, until, table, ctx.pieces, ctx.sums, ctx.parts, ctx.scale)
+    return *grads, *(None,) * 6
 
 
 attend.register_autograd(_backward, setup_context=_setup)
 
 
-def _fast(q: Tensor, lists: list[Tensor]) -> bool:
-    return bool(lists) and q.dtype in (torch.bfloat16, torch.float16)
+def _fast(q: Tensor, table: Tensor) -> bool:
+    return table.numel() > 0 and q.dtype in (torch.bfloat16, torch.float16)
 
 
 @cache
@@ -146,9 +148,9 @@ def problem_of_kernels() -> str | None:
     from . import trie_kernels
 
     try:
-        one, blocks = torch.ones(1, 1, 16, device="cuda", dtype=torch.bfloat16), blocks_of(np.ones(1, dtype=np.int32))
-        until, *lists = (torch.from_numpy(array).cuda() for array in (np.ones(1, dtype=np.int32), *blocks.arrays))
-        out, _ = trie_kernels.forward(one, one, one, trie_kernels.Lists(until, *lists, parts=blocks.parts), 1.0)
+        one, until = torch.ones(1, 1, 16, device="cuda", dtype=torch.bfloat16), np.ones(1, dtype=np.int32)
+        table = torch.from_numpy(blocks_of(until).table).cuda()
+        out, _ = trie_kernels.forward(one, one, one, torch.from_numpy(until).cuda(), table, 1.0)
         return None if bool((out == 1).all()) else "its kernel computes something else"
     except Exception as error:  # whatever a compiler that is not there can raise
         return first_line(error)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import first_line
-from ..tokens.blocks import blocks_of, room, widened
+from ..tokens.blocks import Blocks, blocks_of
 from ..tokens.pad import Size, pad
 from ..tokens.trie import Trie
 from .attention import Paths
@@ -31,9 +31,10 @@ MOST = 24
 @dataclass(frozen=True)
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    numbers: Tensor  # int64: ids, positions, until, ends, answers and a trie's lists, one after the other
+    numbers: Tensor  # int64: ids, positions, until, ends, answers and the table of blocks, one after the other
     weights: Tensor  # float32 [rows]
     loss: Tensor
+    blocks: tuple[int, ...]  # the table's size
 
 
 def launch_bound(model: Any, tokens: int) -> bool:
@@ -93,17 +94,15 @@ class Graphs:
             if not size.holds(mine):
                 return None
         padded = pad(trie, size)
-        blocks = widened(blocks_of(padded.until), size.tokens)
-        if blocks is None:
-            return None
+        blocks = blocks_of(padded.until, room=True)
         more = np.zeros(size.rows - len(labels))
         answers = np.concatenate((np.where(labels, *self._answers), more))
-        parts = (padded.ids, padded.positions, padded.until, padded.ends, answers, *map(np.ravel, blocks.arrays))
+        parts = (padded.ids, padded.positions, padded.until, padded.ends, answers, blocks.table)
         numbers = np.concatenate(parts).astype(np.int64)
         weights = np.concatenate((np.full(len(labels), scale), more)).astype(np.float32)
         if size not in self._recorded:
             try:
-                self._recorded[size] = self._record(size, trie.longest, numbers, weights)
+                self._recorded[size] = self._record(size, trie.longest, blocks, numbers, weights)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
@@ -112,35 +111,37 @@ class Graphs:
                 self._most = len(self._recorded)  # what is recorded works; this trie is computed the plain way
                 return None
         run = self._recorded[size]
+        if run.blocks != blocks.size:
+            return None
         run.numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
         run.weights.copy_(torch.from_numpy(weights).pin_memory(), non_blocking=True)
         run.graph.replay()
         return run.loss.clone()
 
-    def _record(self, size: Size, longest: int, numbers: np.ndarray, weights: np.ndarray) -> _Recorded:
+    def _record(self, size: Size, longest: int, blocks: Blocks, numbers: np.ndarray, weights: np.ndarray) -> _Recorded:
         for p in self._parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         before = [p.grad.clone() for p in self._parameters if p.grad is not None]
         inputs = torch.from_numpy(numbers).to(self._device), torch.from_numpy(weights).to(self._device)
         try:
-            self._loss(size, longest, *inputs).backward()  # lazy set-up of libraries must not fall into the recording
+            self._loss(
+                size, longest, blocks, *inputs
+            ).backward()  # lazy set-up of libraries must not fall into the recording
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                loss = self._loss(size, longest, *inputs)
+                loss = self._loss(size, longest, blocks, *inputs)
                 loss.backward()
         finally:
             for p, grad in zip(self._parameters, before, strict=True):
                 p.grad.copy_(grad)  # pyright: ignore[reportOptionalMemberAccess]
         self._pool = graph.pool()
-        return _Recorded(graph, *inputs, loss.detach())
+        return _Recorded(graph, *inputs, loss.detach(), blocks.size)
 
-    def _loss(self, size: Size, longest: int, numbers: Tensor, weights: Tensor) -> Tensor:
-        (seen, starts, seers, pieces, sums), parts = room(size.tokens)
-        counts = [size.tokens] * 3 + [size.rows] * 2 + [seen, starts, seers, 4 * pieces, 3 * sums]
-        ids, positions, until, ends, answers, *lists = numbers.split(counts)
-        shapes = (-1,), (-1,), (-1,), (-1, 4), (-1, 3)
-        lists32 = tuple(each.int().view(shape) for each, shape in zip(lists, shapes, strict=True))
-        logits = logits_of(self._model, ids, positions, Paths(until.int(), ends, longest, lists32, parts))
+    def _loss(self, size: Size, longest: int, of: Blocks, numbers: Tensor, weights: Tensor) -> Tensor:
+        counts = [size.tokens] * 3 + [size.rows] * 2 + [len(of.table)]
+        ids, positions, until, ends, answers, table = numbers.split(counts)
+        paths = Paths(until.int(), ends, longest, table.int(), of.pieces, of.sums, of.parts)
+        logits = logits_of(self._model, ids, positions, paths)
         return (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
 
 

@@ -7,8 +7,6 @@ rows share sums its gradients in float32, in a fixed order, without atomic addit
 FlashAttention 2 (Dao 2023, section 3).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton  # pyright: ignore
 import triton.language as tl  # pyright: ignore
@@ -19,19 +17,6 @@ from ..tokens.blocks import BLOCK
 LOG2E = 1.4426950408889634
 STAGES = 2
 """Blocks that a program has on their way at once."""
-
-
-@dataclass(frozen=True)
-class Lists:
-    """A trie's `until` and its `tokens.blocks.Blocks` on a GPU."""
-
-    until: Tensor
-    seen: Tensor
-    starts: Tensor
-    seers: Tensor
-    pieces: Tensor
-    sums: Tensor
-    parts: int
 
 
 @triton.jit
@@ -57,8 +42,8 @@ def _until(until, j, tokens):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _forward(
-    q, k, v, until, seen, starts, out, logs, tokens, scale, heads: tl.constexpr, group: tl.constexpr,
-    width: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
+    q, k, v, until, table, out, logs, tokens, scale, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr,
+    columns: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     a, h = tl.program_id(0), tl.program_id(1)
     i = a * block + tl.arange(0, block)
@@ -66,9 +51,9 @@ def _forward(
     top = tl.full((block,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((block,), dtype=tl.float32)
     acc = tl.zeros((block, columns), dtype=tl.float32)
-    first, last = tl.load(starts + a), tl.load(starts + a + 1)
+    first, last = tl.load(table + a), tl.load(table + a + 1)
     for n in range(first - 1, last):  # the block itself first: every token then sees at least one
-        j = tl.load(seen + n, mask=n >= first, other=a) * block + tl.arange(0, block)
+        j = tl.load(table + n, mask=n >= first, other=a) * block + tl.arange(0, block)
         key = _rows(k, j, tokens, heads // group, h // group, width, columns)
         s = tl.dot(query, tl.trans(key)) * scale
         s = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < _until(until, j, tokens)[None, :]), s, float("-inf"))
@@ -84,8 +69,8 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _backward_queries(
-    grad, q, k, v, out, logs, until, seen, starts, dq, along, tokens, scale, factor, heads: tl.constexpr,
-    group: tl.constexpr, width: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
+    grad, q, k, v, out, logs, until, table, dq, along, tokens, scale, factor, heads: tl.constexpr, group: tl.constexpr,
+    width: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     a, h = tl.program_id(0), tl.program_id(1)
     i = a * block + tl.arange(0, block)
@@ -95,9 +80,9 @@ def _backward_queries(
     tl.store(along + h * tokens + i, own, mask=i < tokens)
     log = tl.load(logs + h * tokens + i, mask=i < tokens, other=0.0)
     acc = tl.zeros((block, columns), dtype=tl.float32)
-    first, last = tl.load(starts + a), tl.load(starts + a + 1)
+    first, last = tl.load(table + a), tl.load(table + a + 1)
     for n in range(first - 1, last):
-        j = tl.load(seen + n, mask=n >= first, other=a) * block + tl.arange(0, block)
+        j = tl.load(table + n, mask=n >= first, other=a) * block + tl.arange(0, block)
         key = _rows(k, j, tokens, heads // group, h // group, width, columns)
         s = tl.dot(query, tl.trans(key)) * scale
         sees = (j[None, :] <= i[:, None]) & (i[:, None] < _until(until, j, tokens)[None, :])
@@ -107,12 +92,12 @@ def _backward_queries(
     _keep(dq, acc * factor, i, tokens, heads, h, width, columns)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
+@triton.jit(do_not_specialize=["at", "tokens", "parts"])
 def _backward_keys(
-    grad, q, k, v, logs, along, until, seers, pieces, dk, dv, part_k, part_v, parts, tokens, scale, factor,
+    grad, q, k, v, logs, along, until, table, at, dk, dv, part_k, part_v, parts, tokens, scale, factor,
     heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    piece, kh = pieces + 4 * tl.program_id(0), tl.program_id(1)
+    piece, kh = table + at + 4 * tl.program_id(0), tl.program_id(1)
     b, first, last, part = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2), tl.load(piece + 3)
     j = b * block + tl.arange(0, block)
     key = _rows(k, j, tokens, heads // group, kh, width, columns)
@@ -120,7 +105,7 @@ def _backward_keys(
     end = _until(until, j, tokens)
     acc_k, acc_v = tl.zeros((block, columns), dtype=tl.float32), tl.zeros((block, columns), dtype=tl.float32)
     for n in range(first * group, last * group):
-        i = tl.load(seers + n // group) * block + tl.arange(0, block)
+        i = tl.load(table + n // group) * block + tl.arange(0, block)
         h = kh * group + n % group
         query = _rows(q, i, tokens, heads, h, width, columns)
         g = _rows(grad, i, tokens, heads, h, width, columns)
@@ -142,12 +127,12 @@ def _backward_keys(
         _keep(dv, acc_v, j, tokens, heads // group, kh, width, columns)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
+@triton.jit(do_not_specialize=["at", "tokens", "parts"])
 def _sum_parts(
-    part_k, part_v, sums, dk, dv, parts, tokens, key_heads: tl.constexpr, width: tl.constexpr, columns: tl.constexpr,
-    block: tl.constexpr,
+    part_k, part_v, table, at, dk, dv, parts, tokens, key_heads: tl.constexpr, width: tl.constexpr,
+    columns: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    entry, kh = sums + 3 * tl.program_id(0), tl.program_id(1)
+    entry, kh = table + at + 3 * tl.program_id(0), tl.program_id(1)
     b, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     if last > first:
         acc_k, acc_v = tl.zeros((block, columns), dtype=tl.float32), tl.zeros((block, columns), dtype=tl.float32)
@@ -160,40 +145,42 @@ def _sum_parts(
         _keep(dv, acc_v, j, tokens, key_heads, kh, width, columns)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, of: Lists, scale: float) -> tuple[Tensor, Tensor]:
-    """q [T, heads, d], k and v [T, key heads, d] -> [T, heads, d], and the logarithms to base 2 of the softmax's sums,
-    float32 [heads, T]."""
+def forward(q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q [T, heads, d], k and v [T, key heads, d], a trie's `until` and the table of its blocks -> [T, heads, d], and
+    the logarithms to base 2 of the softmax's sums, float32 [heads, T]."""
     tokens, heads, width = q.shape
     out, logs = torch.empty_like(q), q.new_empty((heads, tokens), dtype=torch.float32)
     columns = triton.next_power_of_2(width)
-    _forward[len(of.starts) - 1, heads](  # pyright: ignore
-        q, k, v, of.until, of.seen, of.starts, out, logs, tokens, scale * LOG2E, heads, heads // k.shape[1], width,
-        columns, BLOCK, num_warps=_warps(columns), num_stages=STAGES,
+    _forward[triton.cdiv(tokens, BLOCK), heads](  # pyright: ignore
+        q, k, v, until, table, out, logs, tokens, scale * LOG2E, heads, heads // k.shape[1], width, columns, BLOCK,
+        num_warps=_warps(columns), num_stages=STAGES,
     )  # fmt: skip
     return out, logs
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, of: Lists, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, until: Tensor, table: Tensor,
+    pieces: int, sums: int, parts: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v. pieces, sums, parts: those of `tokens.blocks.Blocks`."""
     tokens, heads, width = q.shape
     key_heads, columns = k.shape[1], triton.next_power_of_2(width)
+    blocks = triton.cdiv(tokens, BLOCK)
     sizes = heads, heads // key_heads, width, columns, BLOCK
     how = {"num_warps": _warps(columns), "num_stages": STAGES}
     dq, dk, dv, along = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(logs)
-    part_k, part_v = (q.new_empty((of.parts * BLOCK, key_heads, width), dtype=torch.float32) for _ in range(2))
-    _backward_queries[len(of.starts) - 1, heads](  # pyright: ignore
-        grad, q, k, v, out, logs, of.until, of.seen, of.starts, dq, along, tokens, scale * LOG2E, scale, *sizes, **how
+    part_k, part_v = (q.new_empty((parts * BLOCK, key_heads, width), dtype=torch.float32) for _ in range(2))
+    _backward_queries[blocks, heads](  # pyright: ignore
+        grad, q, k, v, out, logs, until, table, dq, along, tokens, scale * LOG2E, scale, *sizes, **how
     )
-    _backward_keys[len(of.pieces), key_heads](  # pyright: ignore
-        grad, q, k, v, logs, along, of.until, of.seers, of.pieces, dk, dv, part_k, part_v, of.parts, tokens,
-        scale * LOG2E, scale, *sizes, **how,
+    _backward_keys[pieces, key_heads](  # pyright: ignore
+        grad, q, k, v, logs, along, until, table, blocks + 1, dk, dv, part_k, part_v, parts, tokens, scale * LOG2E,
+        scale, *sizes, **how,
     )  # fmt: skip
-    if len(of.sums):
-        _sum_parts[len(of.sums), key_heads](  # pyright: ignore
-            part_k, part_v, of.sums, dk, dv, of.parts, tokens, key_heads, width, columns, BLOCK, num_warps=4
-        )
+    _sum_parts[sums, key_heads](  # pyright: ignore
+        part_k, part_v, table, blocks + 1 + 4 * pieces, dk, dv, parts, tokens, key_heads, width, columns, BLOCK,
+        num_warps=4,
+    )  # fmt: skip
     return dq, dk, dv
 
 

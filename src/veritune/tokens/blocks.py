@@ -14,28 +14,37 @@ each so many make a part of its gradients, and the parts are added up afterwards
 
 @dataclass(frozen=True)
 class Blocks:
-    """Lists of blocks, int32. A block sees another if one of its tokens sees one of the other's."""
+    """Lists of a trie of B blocks. A block sees another if one of its tokens sees one of the other's.
 
-    seen: np.ndarray  # [pairs]: for each block the earlier ones that it sees
-    starts: np.ndarray  # [blocks + 1]: where each block's begin in `seen`
-    seers: np.ndarray  # [pairs + blocks]: for each block itself and the later ones that see it
-    pieces: np.ndarray  # [pieces, 4]: a block, the first and last + 1 of its `seers`, its part; -1: it is the only one
-    sums: np.ndarray  # [sums, 3]: a block of several parts, its first part and its last + 1
+    One array, so that a compiled layer has one size to expect; what points at places in it counts from its beginning:
+
+        [B + 1]        for each block, where the earlier ones that it sees begin
+        [pieces, 4]    a block, the first and last + 1 of those that see it, and its part; -1: this piece is all
+        [sums, 3]      a block of several parts, its first part and its last + 1
+        the rest       the blocks that each sees, then for each block itself and the later ones that see it
+    """
+
+    table: np.ndarray  # int32
+    pieces: int
+    sums: int
     parts: int
 
     @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.seen, self.starts, self.seers, self.pieces, self.sums
+    def size(self) -> tuple[int, int, int, int]:
+        """What must be the same for kernels that are to work on another trie in the same places."""
+        return len(self.table), self.pieces, self.sums, self.parts
 
 
-def blocks_of(until: np.ndarray) -> Blocks:
-    """The lists of a trie; until: int32 [T]."""
+def blocks_of(until: np.ndarray, *, room: bool = False) -> Blocks:
+    """The lists of a trie; until: int32 [T]. With `room`, every trie of so many tokens has the same size, but for one
+    with many rows of over 3,500."""
     count = -(-len(until) // BLOCK)
     furthest = np.zeros(count * BLOCK, dtype=np.int32)
     furthest[: len(until)] = until
     furthest = furthest.reshape(count, BLOCK).max(1)
     sees = np.tril(furthest[None, :] > BLOCK * np.arange(count)[:, None])  # [the one that sees, the one that is seen]
-    numbers = sees.sum(0)
+    earlier, numbers = np.tril(sees, -1), sees.sum(0)
+    starts = np.concatenate(([0], np.cumsum(earlier.sum(1))))
     at = np.concatenate(([0], np.cumsum(numbers)))
     pieces, sums, parts = [], [], 0
     for block in np.argsort(-numbers, kind="stable"):  # the longest first, so that none is left running alone
@@ -46,38 +55,15 @@ def blocks_of(until: np.ndarray) -> Blocks:
         pieces += [(block, *cut, parts + n) for n, cut in enumerate(cuts)]
         sums.append((block, parts, parts + len(cuts)))
         parts += len(cuts)
-    earlier = np.tril(sees, -1)
-    return Blocks(
-        seen=np.nonzero(earlier)[1].astype(np.int32),
-        starts=np.concatenate(([0], np.cumsum(earlier.sum(1)))).astype(np.int32),
-        seers=np.nonzero(sees.T)[1].astype(np.int32),
-        pieces=np.array(pieces, dtype=np.int32),
-        sums=np.array(sums, dtype=np.int32).reshape(-1, 3),
-        parts=parts,
-    )
-
-
-def room(tokens: int) -> tuple[tuple[int, ...], int]:
-    """How long the lists of a trie of so many tokens can be, in their order above, and how many parts are provided for:
-    enough for rows of 3,500 tokens."""
-    count = -(-tokens // BLOCK)
-    pairs, parts = count * (count - 1) // 2, 4 * count
-    return (pairs, count + 1, pairs + count, parts + count, count), parts
-
-
-def widened(blocks: Blocks, tokens: int) -> Blocks | None:
-    """The same in lists of that length, for kernels that are to work on others in the same places; None if there are
-    more parts. What is added is worked on by nobody: pieces of a block past the last, and sums over nothing."""
-    lengths, parts = room(tokens)
-    if blocks.parts > parts:
-        return None
-    none = np.array((-(-tokens // BLOCK), 0, 0, -1), dtype=np.int32)
-    seen, starts, seers, pieces, sums = lengths
-    return Blocks(
-        seen=np.pad(blocks.seen, (0, seen - len(blocks.seen))),
-        starts=np.pad(blocks.starts, (0, starts - len(blocks.starts))),
-        seers=np.pad(blocks.seers, (0, seers - len(blocks.seers))),
-        pieces=np.concatenate((blocks.pieces, np.tile(none, (pieces - len(blocks.pieces), 1)))),
-        sums=np.pad(blocks.sums, ((0, sums - len(blocks.sums)), (0, 0))),
-        parts=parts,
-    )
+    # At least two of each, since compilers make special cases of none and one.
+    fixed = (5 * count, count, 4 * count) if room else (0, 0, 0)
+    least = [max(n, own, 2) for n, own in zip(fixed, (len(pieces), len(sums), parts), strict=True)]
+    # What is added is worked on by nobody: pieces of a block past the last, and sums over nothing.
+    pieces += [(count, 0, 0, -1)] * (least[0] - len(pieces))
+    sums += [(0, 0, 0)] * (least[1] - len(sums))
+    lists = np.concatenate((np.nonzero(earlier)[1], np.nonzero(sees.T)[1]))
+    head = count + 1 + 4 * least[0] + 3 * least[1]
+    places = np.array(pieces) + (head + starts[-1]) * np.array([0, 1, 1, 0])  # of `lists`, after what blocks see
+    table = np.concatenate((starts + head, places.ravel(), np.array(sums).ravel(), lists))
+    table = np.pad(table, (0, head + count * count - len(table) if room else 0))
+    return Blocks(table.astype(np.int32), *least)
