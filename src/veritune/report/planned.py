@@ -131,5 +131,5 @@ def _scored(run: config.Run, source: "Source") -> int:
     probes = 0
     if run.strategy.probe_rows:
         each = sum(len(it.trained) + (0 if it.held_out is None else len(it.held_out)) for it in source.slices)
-        probes = each * len(plan.phases)
+        probes = each * sum(phase.kind != "part" for phase in plan.phases)
     return len(at) * len(source.validation.labels) + probes
