@@ -154,7 +154,8 @@ def test_appending_is_accepted_and_what_would_change_the_past_is_not(
     elsewhere = shutil.copytree(data, tmp_path / "elsewhere")
     trained(run_of(tmp_path / "run", elsewhere, tiny_folder, phases=[first]))
     shutil.rmtree(elsewhere)  # the rows may lie in another place by then
-    with pytest.raises(ConfigError, match=r"phases\.1\.rows was \[0, 16\], is \[0, 24\]; phases\.2\.rows was None") as error:
+    told = r"phases\.1\.rows was \[0, 16\], is \[0, 24\]; phases\.2\.rows was None"
+    with pytest.raises(ConfigError, match=told) as error:
         trained(run_of(tmp_path / "run", data, tiny_folder, phases=[{"rows": [0, 24]}, more]))
     assert "phases.1.lr" not in str(error.value)
     assert "instead of epochs" not in str(error.value)

@@ -107,7 +107,7 @@ def test_a_question_with_rows_of_several_slices_is_held_out_of_all() -> None:
         ({"slices": 401}, "only 400 rows"),
         ({"column": "x", "slices": 5}, "only 4 values: a, b, c, d"),
         ({"kind": "plain", "ends": [5]}, r"strategy\.ends does nothing beside strategy\.kind = 'plain'"),
-        ({"kind": "plain", "presentations": 9}, r"presentations does nothing .* kinds sequential, cumulative, replay, st"),
+        ({"kind": "plain", "presentations": 9}, r"presentations does nothing .* kinds sequential, cumulative, replay"),
         ({"kind": "plain", "phases": [{"rows": [0, 9]}], "replay_ratio": 0.5}, r"beside \[\[phases\]\]: drop it"),
         ({"cooldowns": [10]}, r"cooldowns does nothing .* it is for the kinds stream"),
         ({"replay_ratio": 0.5}, "it is for the kinds replay"),

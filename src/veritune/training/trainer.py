@@ -186,8 +186,8 @@ def measure(
     with stop.timing("validation"):
         quality, p = validate(state, stop)
         # Where a cooldown interrupts a phase, the phase is not over: that is no row of the forgetting matrix.
-        over = ended is not None and ended.kind != "part" and state.probed
-        probes = probe(state, ended, quality, stop) if over else None
+        over = ended if ended and ended.kind != "part" else None
+        probes = probe(state, over, quality, stop) if over and state.probed else None
     with stop.whole():
         keep(state, at, ended, quality, p, probes, folder, tracker, display)
 
