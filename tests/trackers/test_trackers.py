@@ -214,9 +214,10 @@ def test_a_network_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert figures(read("wandb", Path(run.out), tmp_path)) == expected(12)
 
 
-def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run = settings(tmp_path / "run", "tensorboard")
+@pytest.mark.parametrize("to", ["tensorboard", "trackio"])
+def test_a_disk_that_takes_no_more(to: str, tmp_path: Path) -> None:
+    pytest.importorskip(to)
+    run = settings(tmp_path / "run", to, project="some project")
 
     def fill() -> None:
         at_work(run)
@@ -226,6 +227,21 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     said = session(run, 1, 2000, between=fill)
     assert "the run is whole in" in said[-1]
     assert len((Path(run.out) / "metrics.jsonl").read_bytes().splitlines()) == 2400
+    if to == "trackio":  # what it lost is sent by the next session
+        session(run, 2001, 2001)
+        assert figures(read(to, Path(run.out), tmp_path)) == expected(2001)
+
+
+def test_a_folder_that_trackio_cannot_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio")
+    run = settings(tmp_path / "run", "trackio", project="some project")
+    monkeypatch.setenv("TRACKIO_DIR", "/proc/none")
+    why, rest = session(run, 1, 20)
+    assert "No such file or directory: '/proc/none'" in why
+    assert "the same command sends the rest" in rest
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "home" / "TRACKIO_DIR"))
+    assert session(run, 21, 21) == []
+    assert figures(read("trackio", Path(run.out), tmp_path)) == expected(21)
 
 
 def test_without_an_account_it_is_offline(tmp_path: Path) -> None:
