@@ -45,6 +45,24 @@ def test_runs_is_a_line_each(finished: Path, tmp_path: Path) -> None:
     assert "[bold]broke: NonFiniteError: step 4: [red]the loss" in text
 
 
+def test_names_can_be_read_on_a_narrow_terminal(finished: Path, tmp_path: Path) -> None:
+    names = ["llama-cumulative-20k-first", "first-sweep/trials/0007"]
+    for name in names:
+        shutil.copytree(finished, tmp_path / name)
+        (tmp_path / name / "status.json").write_text(
+            (finished / "status.json").read_text().replace('"all"', '"3: slices 1 to 3 and replay"')
+        )
+    lines = printed(show_runs, tmp_path, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert [line[:18] for line in lines if "finished" in line] == ["first-sweep/trials", "llama-cumulative-2"]
+    piped = subprocess.run(
+        [sys.executable, "-m", "veritune", "runs", str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [line.split()[0] for line in piped[1:]] == sorted(names)
+    assert all("3: slices 1 to 3 and replay" in line for line in piped[1:])
+
+
 def test_no_runs_is_said(tmp_path: Path) -> None:
     assert "no runs under" in printed(show_runs, tmp_path)
     with pytest.raises(MissingError):

@@ -1,5 +1,6 @@
 """Trials change hands: none is lost and none is there twice, whatever kills the workers; SQLite and PostgreSQL."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 from made_sweeps import board, point
+from rich.console import Console
 
 from veritune.errors import ConfigError, MissingError
 from veritune.search import board as boards
+from veritune.search import result
 from veritune.search.board import Board, Lost, Taken, line
 
 FORK = multiprocessing.get_context("fork")
@@ -197,6 +200,21 @@ def test_asha_stops_what_falls_behind(tmp_path: Path) -> None:
             it.finish(trial, "complete")
     assert [loss for loss, step in stopped if step == 1] == [0.6, 0.7, 0.45, 0.8, 0.55]
     assert [line(trial)["state"] for trial in it.trials()].count("complete") == 4
+
+
+def test_the_table_can_be_read_on_a_narrow_terminal(tmp_path: Path) -> None:
+    it = board(tmp_path / "s", trials=2)
+    for loss in (0.612345, 0.5):
+        trial = taken(it.take())
+        trial.info["seconds"] = 12345.6
+        finish(it, trial, loss)
+    out = io.StringIO()
+    result.show(it, result.lines(it), Console(file=out, width=60))
+    found = [line.split() for line in out.getvalue().splitlines()]
+    assert found[0] == ["trial", "loss", "AUROC", "accuracy", "s", "settings"]
+    assert found[1][:6] == ["1", "0.5000", "0.7000", "0.6000", "12346", "rank"]
+    assert ["0", "0.6123", "0.7000", "0.6000", "12346", "rank"] in [words[:6] for words in found]
+    assert "…" not in out.getvalue()
 
 
 def test_tpe_learns_and_hyperband_stops(tmp_path: Path) -> None:
