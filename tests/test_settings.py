@@ -12,6 +12,7 @@ import pytest
 
 from veritune import cli, config, flags, starter
 from veritune.errors import ConfigError
+from veritune.search import space
 from veritune.suggest import distance
 
 KEYS = config.keys(config.Run)
@@ -68,6 +69,46 @@ def test_a_slip_in_a_table_is_told_the_table(table: str) -> None:
         with pytest.raises(ConfigError) as caught:
             config.build(config.Run, {"out": "o", slip: {}}, "run.toml")
         assert repr(table) in str(caught.value).partition("did you mean")[2], caught.value
+
+
+SEARCHED = [key for key in KEYS if not key.startswith(space.FIXED)]
+
+
+@pytest.mark.parametrize("key", SEARCHED)
+def test_a_slip_in_a_searched_key_is_told_the_key(key: str) -> None:
+    table, dot, name = key.rpartition(".")
+    wrong = [table + dot + slip for slip in slips(name)] + [slip + dot + name for slip in slips(table)]
+    for slip in [it for it in wrong if it not in KEYS]:
+        with pytest.raises(ConfigError) as caught:
+            space.read(nested(slip, {"choice": [1]}), config.Run(out="o"), "run.toml")
+        assert repr(key) in str(caught.value).partition("did you mean")[2], caught.value
+    for kind in space.KINDS:
+        for slip in set(slips(kind)) - set(space.KINDS):
+            with pytest.raises(ConfigError, match=rf"{key} must be {{ range = \[a, b\] }}, {{ log = "):
+                space.read(nested(key, {slip: [1, 2]}), config.Run(out="o"), "run.toml")
+
+
+@pytest.mark.parametrize("name", ["sweep", *(f"sweep.{name}" for name in ("space", *config.keys(config.Sweep)))])
+def test_a_slip_in_the_sweeps_table_is_told_its_key(name: str, tmp_path: Path) -> None:
+    table, dot, last = name.rpartition(".")
+    for slip in slips(last):
+        if slip in config.keys(config.Sweep):
+            continue  # it is another key
+        (tmp_path / "run.toml").write_text(f'out = "o"\n{table}{dot}{slip}.train.lr = {{ log = [1e-4, 1] }}\n')
+        with pytest.raises(ConfigError) as caught:
+            config.read_sweep(tmp_path / "run.toml")
+        assert repr(last) in str(caught.value).partition("did you mean")[2], caught.value
+
+
+@pytest.mark.parametrize("name", ["track", "hours", "gpus"])
+def test_a_slip_in_a_short_flag_is_told_the_flag(name: str) -> None:
+    known = flags.names(config.Run)
+    for slip in set(slips(name)) - {*known, *flags.SHORT}:
+        with pytest.raises(ConfigError) as caught:
+            flags.check([f"--{slip.replace('_', '-')}=1"], known, "veritune train RUN.toml")
+        assert repr(f"--{name}") in str(caught.value).partition("did you mean")[2], caught.value
+    with pytest.raises(ConfigError, match="there is no flag --hours"):
+        flags.check(["--hours", "1"], ["out"], "veritune score")
 
 
 @pytest.mark.parametrize("key", KEYS)
