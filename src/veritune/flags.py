@@ -61,6 +61,11 @@ def run_file(verb: str, args: Sequence[str]) -> tuple[config.Run | None, Sequenc
     return None, args
 
 
+def given(args: Sequence[str]) -> set[str]:
+    """The settings that flags name."""
+    return {_long(arg).partition("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
+
+
 def out_of(args: Sequence[str]) -> str | None:
     """The folder that `--out` names, if it does."""
     for at, arg in enumerate(args):

@@ -221,6 +221,24 @@ def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_fo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("declared", "args", "key"),
+    [
+        ("lora.rank = { choice = [4, 8] }", ["--lora.rank=4"], "lora.rank"),
+        ("train.batch_size = { choice = [4, 8] }", ["--train.batch-size", "4"], "train.batch_size"),
+        ("", ["--hours", "1", "--train.lr", "1e-3"], "train.lr"),
+    ],
+)
+def test_a_flag_for_what_is_searched_is_refused(
+    declared: str, args: list[str], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(f'out = "{tmp_path / "run"}"\n[sweep.space]\n{declared}\n')
+    assert cli.run(["sweep", str(tmp_path / "run.toml"), *args]) == 2
+    said = capsys.readouterr().err
+    assert f"{key} is searched, so the flag would change nothing" in said
+    assert said.endswith(f"declare a [sweep.space] without {key}\n")
+
+
 def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(
     whole: tuple[list[dict[str, Any]], str, Path], tmp_path: Path
 ) -> None:
