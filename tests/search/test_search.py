@@ -193,6 +193,10 @@ def test_trials_that_cannot_be_trained_have_failed(data: Path, tiny_folder: Path
     values = run_values(tmp_path / "all", data, tiny_folder)
     with pytest.raises(ConfigError, match="the first 3 trials have all failed"):
         swept(values, {"lora.targets": {"choice": [["nonsense"]]}}, trials=9)
+    values = run_values(tmp_path / "two", data, tiny_folder)
+    for _ in range(2):  # and again, when nothing is left to do
+        with pytest.raises(ConfigError, match=r"all 2 trials have failed; mend this.*nonsense"):
+            swept(values, {"lora.targets": {"choice": [["nonsense"]]}}, trials=2)
 
 
 def test_a_trial_that_memory_does_not_hold_has_failed(

@@ -43,8 +43,8 @@ def sweep(
     """Searches around a run's settings, or goes on with that, and returns the best trial's line of trials.jsonl.
 
     declared: the content of `[sweep.space]`. worker: join a sweep that is there, and leave its results to whoever
-    started it. Raises the kinds in `errors` before anything starts if something cannot be right, and KeyboardInterrupt
-    once a signal or `session.hours` has ended it.
+    started it. Raises the kinds in `errors` before anything starts if something cannot be right, ConfigError if all
+    trials have failed, and KeyboardInterrupt once a signal or `session.hours` has ended it.
     """
     axes = space.read(declared, run, where)
     data = dataset.load(Path(run.data.path))
@@ -71,6 +71,10 @@ def sweep(
         raise
     finally:
         board.close()
+    if trials and all(trial["state"] == "failed" for trial in trials):
+        raise ConfigError(
+            f"all {len(trials)} trials have failed; mend this and choose another sweep.out: {trials[0]['error']}"
+        )
     said = (
         f"next: veritune train {folder / 'best.toml'}" if best else "no trial was completed, so there is no best.toml"
     )
