@@ -238,7 +238,7 @@ class Track:
     project: Annotated[str, Field(min_length=1)] = "veritune"
     """wandb, trackio: the project."""
     name: Annotated[str, Field(min_length=1)] | None = None
-    """wandb, trackio: the run's name. Default: that of the run folder."""
+    """wandb, trackio: the run's name, with the trial's number in a sweep. Default: that of the run folder."""
     group: Annotated[str, Field(min_length=1)] | None = None
     """wandb, trackio: the group that the run belongs to; trials of a sweep have the sweep's."""
 

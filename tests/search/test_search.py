@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from veritune.search import search, space
 from veritune.search.board import Taken
 from veritune.search.trial import Diverged, Losses, settings_of
 from veritune.starter import toml
+from veritune.trackers import follow
 from veritune.training import step
 from veritune.training.trainer import train
 
@@ -113,6 +115,13 @@ def test_a_trial_keeps_no_replica(tmp_path: Path) -> None:
     values = {"out": "o", "checkpoint": {"replica": "/drive/run"}, "session": {"hours": 12}}
     trial = settings_of(config.build(config.Run, values, "test"), config.Sweep(), {}, 48, tmp_path / "0000")
     assert (trial.checkpoint.replica, trial.session.hours) == (None, 12)
+
+
+def test_a_trial_has_a_name_of_its_own_on_trackers(tmp_path: Path) -> None:
+    for name, its in ((None, None), ("first", "first-0007")):
+        run = config.build(config.Run, {"out": "o", "track": {"name": name}}, "test")
+        track = settings_of(run, config.Sweep(), {}, 48, tmp_path / "s" / "trials" / "0007").track
+        assert (track.name, track.group) == (its, "s")
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -241,6 +250,26 @@ def test_a_flag_for_what_is_searched_is_refused(
     said = capsys.readouterr().err
     assert f"{key} is searched, so the flag would change nothing" in said
     assert said.endswith(f"declare a [sweep.space] without {key}\n")
+
+
+def test_a_tracker_that_hangs_costs_a_sweep_one_wait_and_one_warning(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(follow, "failures", {})
+    monkeypatch.setattr(follow, "DEADLINE", 1.0)
+    monkeypatch.setattr(follow, "STOPPED", 0.5)
+    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        values = run_values(tmp_path / "run", data, tiny_folder) | {"track": {"to": ["wandb"]}}
+        trials, printed, folder = swept(values, trials=2)
+    assert [trial["state"] for trial in trials] == ["complete", "complete"]
+    assert printed.count("wandb had not finished after 1 s and may lack trials") == printed.count("wandb") == 1
+    logs = [(folder / "trials" / f"{trial['trial']:04d}.log").read_text() for trial in trials]
+    assert ["after 1 s" in logs[0], "after 0.5 s" in logs[1]] == [True, True]
 
 
 def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(

@@ -89,22 +89,33 @@ class Progress:
     def __init__(self, board: Board, run: config.Run, rows: int, console: Console) -> None:
         self._board, self._run, self._rows, self.console = board, run, rows, console
         self._told = {trial.number for trial in board.trials() if trial.state.is_finished()}
+        self._warned: set[str] = set()
         if self._told:
             console.print(f"going on after {len(self._told)} of {board.settings.trials} trials", highlight=False)
 
     def look(self) -> None:
         """Call now and then. Raises ConfigError if the first trials have all failed alike."""
-        ended = {trial.number for trial in self._board.trials() if trial.state.is_finished()}
+        known = self._board.trials()
+        ended = {trial.number for trial in known if trial.state.is_finished()}
         if not ended - self._told:
             return
         trials = result.write(self._board, self._run, self._rows)
         for number in sorted(ended - self._told):
             result.tell(trials[number], result.best_of(trials), self.console)
+            self.warn(known[number].user_attrs.get("info", {}).get("trackers", {}))
         self._told = ended
         finished = [trials[number] for number in ended]
         errors = {trial["error"] for trial in finished if trial["state"] == "failed"}
         if len(finished) >= SAME_FAILURE and len(errors) == 1 and all(t["state"] == "failed" for t in finished):
             raise ConfigError(f"the first {len(finished)} trials have all failed: {errors.pop()}")
+
+    def warn(self, trackers: dict[str, str]) -> None:
+        """Says once of each tracker that it failed a trial; each trial's log does too."""
+        for name in trackers.keys() - self._warned:
+            place = f"{self._board.folder}/trials"
+            text = f"{name} {trackers[name]} and may lack trials, now and later; all are whole in {place}"
+            self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._warned |= trackers.keys()
 
 
 def work(
