@@ -19,6 +19,7 @@ from rich.console import Console
 from veritune import cli, config
 from veritune.errors import ConfigError, MissingError
 from veritune.model import load
+from veritune.report import page
 from veritune.search import search, space
 from veritune.search.board import Taken
 from veritune.search.trial import Diverged, Losses, settings_of
@@ -135,6 +136,10 @@ def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     with pytest.raises(KeyboardInterrupt):  # the hours count from the start of each process
         search.sweep(short, chosen, SPACE, Console(file=printed, width=200))
     assert "given back; the same command goes on" in printed.getvalue()
+    first = printed.getvalue().splitlines()[0]
+    assert first == f"{tmp_path}/run-sweep: 3 trials of 48 rows each; searched: train.lr, train.optimizer"
+    page.report([tmp_path / "run-sweep"], tmp_path / "r.html")  # with no trial that has ended
+    assert {trial["state"] for trial in read(tmp_path / "run-sweep")} == {"waiting"}
     found, _, _ = swept(values)
     keys = ("params", "loss", "auroc", "state")
     assert [[trial[key] for key in keys] for trial in found] == [[trial[key] for key in keys] for trial in whole[0]]

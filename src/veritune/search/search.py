@@ -42,8 +42,8 @@ def sweep(
 ) -> dict[str, Any] | None:
     """Searches around a run's settings, or goes on with that, and returns the best trial's line of trials.jsonl.
 
-    declared: the content of `[sweep.space]`. worker: join a sweep that is there, and leave its results to whoever
-    started it. Raises the kinds in `errors` before anything starts if something cannot be right, ConfigError if all
+    declared: the content of `[sweep.space]`. worker: join a sweep that is there; whoever started it shows what came of
+    it. Raises the kinds in `errors` before anything starts if something cannot be right, ConfigError if all
     trials have failed, and KeyboardInterrupt once a signal or `session.hours` has ended it.
     """
     axes = space.read(declared, run, where)
@@ -56,17 +56,22 @@ def sweep(
     same = result.agreed(run, settings, shared, data.fingerprint, rows)
     board = open_board(settings, axes, folder, same, join=worker)
     try:
+        searched = ", ".join(shared)
+        text = f"{folder}: {settings.trials:,} trials of {rows:,} rows each; searched: {searched}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
         progress = Progress(board, run, rows, console)
+        result.write(board, run, rows)
         if settings.at_once == 1:
             with stoppable():
                 work(board, run, rows, Desk(), lambda: None, progress.look, alone=True)
         else:
             many(board, run, rows, same, progress)
-        trials = result.lines(board) if worker else result.write(board, run, rows)
+        trials = result.write(board, run, rows)
         best = result.best_of(trials)
         if not worker:
             result.show(board, trials, console)
     except KeyboardInterrupt:
+        result.write(board, run, rows)
         console.print("stopped: trials under way are saved and given back; the same command goes on", highlight=False)
         raise
     finally:
