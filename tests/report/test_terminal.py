@@ -16,6 +16,7 @@ from rich.console import Console
 
 from veritune import cli
 from veritune.errors import MissingError
+from veritune.report import page
 from veritune.report.braille import curve
 from veritune.report.table import show_runs
 from veritune.report.watch import watch
@@ -61,6 +62,17 @@ def test_names_can_be_read_on_a_narrow_terminal(finished: Path, tmp_path: Path) 
     ).stdout.splitlines()
     assert [line.split()[0] for line in piped[1:]] == sorted(names)
     assert all("3: slices 1 to 3 and replay" in line for line in piped[1:])
+
+
+def test_a_validation_without_a_figure_is_shown_with_the_others(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "validation": {"loss": 0.001}}\n')
+    text = printed(show_runs, tmp_path)
+    assert text.splitlines()[1].split()[5:8] == ["0.001", "-", "-"]
+    assert "accuracy -  AUROC -  loss 0.001" in printed(watch, tmp_path / "run")
+    page.report([tmp_path / "run"], tmp_path / "r.html")
+    assert "0.001" in (tmp_path / "r.html").read_text()
 
 
 def test_no_runs_is_said(tmp_path: Path) -> None:
