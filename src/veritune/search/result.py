@@ -88,7 +88,7 @@ def tell(trial: dict[str, Any], best: dict[str, Any] | None, console: Console) -
     figures = f", loss {figure(trial['loss'])}, AUROC {figure(trial['auroc'])}" if trial["curve"] else ""
     done = f", {trial['steps_done']}/{trial['steps']} steps in {trial['seconds']:.1f} s" if trial["steps"] else ""
     mark = "; the best so far" if best and best["trial"] == trial["trial"] else ""
-    why = f": {trial['error']}" if trial["state"] == "failed" else ""
+    why = f": {trial['error']}" if trial["error"] else ""
     text = f"trial {trial['trial']}: {trial['state']}{figures}{done}{mark}{why}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -140,6 +140,7 @@ def settings_of(run: config.Run, settings: config.Sweep, params: dict[str, Any],
     steps = -(-shown // (chosen["batch_size"] * chosen["gradient_accumulation"]))
     values["phases"], values["strategy"] = (), config.as_dict(config.Strategy())  # a trial is one plain phase
     values["checkpoint"]["replica"] = None  # it is of the run, not of every trial
+    chosen["non_finite"] = "skip"  # whoever watches ends it there: a trial that diverges has not failed
     values["out"], values["data"]["rows"] = str(out), rows
     values["validation"]["every"] = -(-steps // settings.validations)
     values["track"]["group"] = values["track"]["group"] or out.parent.parent.name
