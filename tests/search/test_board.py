@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -316,3 +317,13 @@ def test_four_workers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     left = [path for path in tmp_path.rglob("*") if path.is_file() and re.search(b"secret-word", path.read_bytes())]
     assert left == []
     json.dumps([line(trial) for trial in it.trials()], allow_nan=False)
+
+
+def test_sweeps_on_one_server_do_not_wait_for_each_other(postgres: str, tmp_path: Path) -> None:
+    first, best = (board(tmp_path / name, storage=postgres) for name in ("first-sweep", "best-sweep"))
+    other = threading.Thread(target=best.take)
+    with first.locked():
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+    other.join()
