@@ -56,7 +56,7 @@ def what(run: RunFolder, data: Path | None) -> Section:
         ("a step", f"{train['batch_size'] * train['gradient_accumulation']} rows, "
          f"{train['per_question']} of a question"),
         ("answers", " / ".join(s["prompt"]["answers"])),
-        ("data", str(s["data"]["path"])),
+        ("data", f"{s['data']['path']}" + (f", its first {s['data']['rows']:,} rows" if s["data"].get("rows") else "")),
         ("fingerprint", str(run.about["resolved"].get("fingerprint", ""))),
         ("veritune", str(run.about.get("veritune", ""))),
     ]  # fmt: skip
