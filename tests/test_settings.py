@@ -226,6 +226,18 @@ def test_every_key_stands_there_with_its_default(tmp_path: Path) -> None:
         assert is_default == (defaults[key] is not None)
 
 
+def test_a_phase_stands_there_with_every_key() -> None:
+    text = starter.run_file("run.toml").partition("# [[phases]]\n")[2].partition("\n[")[0]
+    keys = [line.removeprefix("# ") for line in text.splitlines() if " = " in line]
+    run = config.build(config.Run, {"out": "o", **tomllib.loads("\n".join(["[[phases]]", *keys]))}, "test")
+    assert [key.partition(" = ")[0] for key in keys] == config.keys(config.Phase)
+    usual = config.Train()
+    expected = config.Phase(
+        rows=(0, 1000), epochs=usual.epochs, lr=usual.lr, schedule=usual.schedule, warmup_ratio=usual.warmup_ratio
+    )
+    assert run.phases == (expected,)
+
+
 def test_the_schema_knows_every_key_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["schema"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -72,6 +72,8 @@ def run_file(name: str) -> str:
     blocks = [HEAD.format(name=name)]
     items = dataclasses.fields(config.Run)
     blocks += [_key(config.Run, it, it.name == "out") for it in items if not dataclasses.is_dataclass(it.type)]
+    blocks.append(f"\n{_comment(inspect.cleandoc(config.Phase.__doc__ or ''))}\n# [[phases]]\n")
+    blocks += [_key(config.Phase, key, False) for key in dataclasses.fields(config.Phase)]
     tables: list[tuple[str, Any]] = [(it.name, it.type) for it in items if dataclasses.is_dataclass(it.type)]
     for name, kind in (*tables, ("sweep", config.Sweep)):
         blocks.append(f"\n{_comment(inspect.cleandoc(kind.__doc__ or ''))}\n[{name}]\n")
@@ -88,7 +90,10 @@ def _key(cls: Any, item: Any, is_set: bool) -> str:
         return f"{text}\n{item.name} = {toml(default[item.name])}\n"
     value, note = about.get("default"), ""
     if value is None:
-        value, note = _example(about), "  # not set by default"
+        note = "  # not set by default" if "default" in about else ""
+        # Of a phase: as in [train].
+        value = getattr(config.Train(), item.name, None) if cls is config.Phase else None
+        value = _example(about) if value is None else value
     return f"{text}\n# {item.name} = {toml(value)}{note}\n"
 
 
@@ -100,7 +105,7 @@ def _example(about: dict[str, Any]) -> Any:
         return kind["enum"][0]
     match kind.get("type"):
         case "integer":
-            return max(int(kind.get("minimum", 1)), 1000)
+            return 1000 if kind.get("minimum", 1) else 0
         case "number":
             return 12.0
         case "array":
