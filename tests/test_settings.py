@@ -255,6 +255,10 @@ def test_the_schema_knows_every_key_and_no_other(capsys: pytest.CaptureFixture[s
 
     assert list(walk(found)) == KEYS + ["sweep." + key for key in config.keys(config.Sweep)]
     assert found["required"] == ["out"]
+    searched = found["$defs"]["Sweep"]["properties"]["space"]["properties"]
+    assert [key for key in searched if "." in key] == SEARCHED
+    kinds = {key: set(searched["train"]["properties"][key]["properties"]) for key in ("lr", "optimizer")}
+    assert kinds == {"lr": {"range", "log", "choice"}, "optimizer": {"choice"}}
 
 
 def test_the_schema_agrees_with_the_check(tmp_path: Path) -> None:
@@ -273,6 +277,33 @@ def test_the_schema_agrees_with_the_check(tmp_path: Path) -> None:
     checker.validate(tomllib.loads(starter.run_file("run.toml")))
     checker.validate({"out": "o", "sweep": {"trials": 3, "space": {"train": {"lr": {"log": [1e-5, 1e-2]}}}}})
     assert not checker.is_valid({"out": "o", "sweep": {"trails": 3}})
+
+
+def test_the_schema_knows_what_can_be_searched() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    checker = jsonschema.Draft202012Validator(starter.schema())
+    for key, spec, good in (
+        ("train.lr", {"log": [1e-5, 1e-2]}, True),
+        ("train.lr", {"rnage": [1e-5, 1e-2]}, False),
+        ("train.lr", {"range": [1e-5]}, False),
+        ("train.lr", {"range": [1e-5, 1e-2], "choice": [1e-3]}, False),
+        ("train.optimizer", {"choice": ["adamw_torch", "lion_8bit"]}, True),
+        ("train.optimizer", {"choice": ["adam"]}, False),
+        ("train.optimizer", {"range": ["adamw_torch", "lion_8bit"]}, False),
+        ("lora.targets", {"choice": [["q_proj"], ["q_proj", "v_proj"]]}, True),
+        ("train.lrr", {"log": [1e-5, 1e-2]}, False),
+        ("data.rows", {"range": [1, 2]}, False),
+    ):
+        for declared in (nested(key, spec), {key: spec}):
+            values = {"out": "o", "sweep": {"space": declared}}
+            assert checker.is_valid(values) == good, declared
+            if good:
+                space.read(declared, config.Run(out="o"), "test")
+            else:
+                with pytest.raises(ConfigError):
+                    space.read(declared, config.Run(out="o"), "test")
+    for key, spec in space.DEFAULT.items():
+        checker.validate({"out": "o", "sweep": {"space": {key: spec}}})
 
 
 # Secrets.

@@ -18,14 +18,9 @@ from typing import Any, Literal
 from .. import config
 from ..errors import ConfigError
 from ..suggest import did_you_mean, nearest
+from ..sweepkeys import FIXED, KINDS
 
 Value = Any
-KINDS = ("range", "log", "choice")
-# What trials must agree in, to be compared and to share one loaded model; what a trial, which is one plain phase, does
-# not use; and what has no part in the result.
-FIXED = ("out", "phases", "data.", "model.", "strategy.", "validation.", "checkpoint.", "session.", "track.",
-         "train.start_from", "train.compile", "train.cuda_graphs", "train.micro_batch_tokens",
-         "train.gradient_checkpointing", "train.memory_gib", "train.non_finite", "train.deterministic")  # fmt: skip
 # The search of the competition entry that veritune grew out of.
 DEFAULT: dict[str, dict[str, list[Value]]] = {
     "train.lr": {"log": [1e-6, 5e-1]},
