@@ -240,6 +240,10 @@ def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_fo
         swept(values, {"train.lrr": {"log": [1e-4, 1]}})
     with pytest.raises(MissingError):
         swept({**values, "data": {"path": str(tmp_path / "none")}})
+    with pytest.raises(ConfigError, match=r"prompt.max_length = 1000000: .* has positions for"):
+        swept({**values, "prompt": {"max_length": 1_000_000}})
+    with pytest.raises(ConfigError, match=r"lora.targets: nonsense names no layer"):
+        swept({**values, "lora": {"targets": ["q_proj", "nonsense"]}})
     assert list(tmp_path.iterdir()) == []
 
 

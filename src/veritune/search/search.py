@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 from .. import config
 from ..data import dataset
 from ..errors import ConfigError, DataError, VerituneError
-from ..model import load
+from ..model import adapter, load
 from . import result, space
 from .board import Board, open_board
 from .trial import Desk, NoMemory, lives_with, run_trial
@@ -54,16 +54,18 @@ def sweep(
     folder = Path(settings.out or f"{run.out.rstrip('/')}-sweep")
     shared = {axis.key: axis.as_json() for axis in axes}
     same = result.agreed(run, settings, shared, data.fingerprint, rows)
+    text = f"{folder}: {settings.trials:,} trials of {rows:,} rows each; searched: {', '.join(shared)}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    desk = Desk()
+    if settings.at_once == 1 and not folder.exists():  # with several workers each loads a model, and this process none
+        check(desk.loaded(run.model), run, shared)
     board = open_board(settings, axes, folder, same, join=worker)
     try:
-        searched = ", ".join(shared)
-        text = f"{folder}: {settings.trials:,} trials of {rows:,} rows each; searched: {searched}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
         progress = Progress(board, run, rows, console)
         result.write(board, run, rows)
         if settings.at_once == 1:
             with stoppable():
-                work(board, run, rows, Desk(), lambda: None, progress.look, alone=True)
+                work(board, run, rows, desk, lambda: None, progress.look, alone=True)
         else:
             many(board, run, rows, same, progress)
         trials = result.write(board, run, rows)
@@ -86,6 +88,15 @@ def sweep(
     if not worker:
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     return best
+
+
+def check(base: load.Base, run: config.Run, searched: Container[str]) -> None:
+    """Raises ConfigError for what every trial would fail with, since no trial has another value."""
+    if "prompt.max_length" not in searched:
+        load.check_length(base, run.prompt.max_length)
+    if "lora.targets" not in searched:
+        adapter.add_adapter(base, run.lora, seed=0)
+        adapter.remove(base)
 
 
 class Progress:
@@ -112,7 +123,10 @@ class Progress:
         finished = [trials[number] for number in ended]
         errors = {trial["error"] for trial in finished if trial["state"] == "failed"}
         if len(finished) >= SAME_FAILURE and len(errors) == 1 and all(t["state"] == "failed" for t in finished):
-            raise ConfigError(f"the first {len(finished)} trials have all failed: {errors.pop()}")
+            count = len(finished)
+            raise ConfigError(
+                f"the first {count} trials have all failed; mend this and choose another sweep.out: {errors.pop()}"
+            )
 
     def warn(self, trackers: dict[str, str]) -> None:
         """Says once of each tracker that it failed a trial; each trial's log does too."""
