@@ -42,8 +42,8 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
 """
 
 Adapter = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
-# Of the processes that train on several GPUs the first one talks, and the first of each machine says what went wrong.
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
+# Of several GPUs' processes the first talks, and each machine's first says what went wrong. A pipe has no width.
+console = Console(quiet=os.environ.get("RANK", "0") != "0", width=None if sys.stdout.isatty() else 1000)
 
 
 @dataclass(frozen=True)
