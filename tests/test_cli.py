@@ -355,6 +355,18 @@ def test_a_mistake_ends_the_process_with_2(tmp_path: Path) -> None:
     assert done.stderr == f"veritune: {tmp_path / 'none.csv'}: no such file or folder\n"
 
 
+def test_a_signal_outside_a_session_ends_the_process_with_130() -> None:
+    code = """
+import os, signal, sys
+from veritune import cli
+sys.argv = ["veritune", "train", "run.toml"]
+cli.VERBS["train"] = lambda args: os.kill(os.getpid(), signal.SIGTERM)
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_process_ends_before_its_hours_with_all_saved(place: Place, tiny_folder: Path, tmp_path: Path) -> None:
     out, limit = tmp_path / "run", 30.0
     file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out, train="epochs = 3000")

@@ -20,6 +20,7 @@ PLANTED = {
     "PGPASSWORD": "planted-database-password",
     "AWS_SECRET_ACCESS_KEY": "planted/secret+access/key0123456789",
     "OPTUNA_DB_PASSWORD": "another planted password",
+    "AZURE_ACCESS_KEY": "/planted+in/base64/0123456789abcdefghij==",
 }
 IN_URLS = ("url-planted-password", "hf_UrlUrlUrlUrlUrlUrlUrlUrlUrl", "query-planted-token")
 SECRETS = [*PLANTED.values(), *IN_URLS]
@@ -114,6 +115,8 @@ def _installed(name: str) -> bool:
         ("https://host/?a=1&api_key=abc&b=2", f"https://host/?a=1&api_key={HIDDEN}&b=2"),
         ("token hf_abcdefghijklmnopqrst.", f"token {HIDDEN}."),
         ("planted-in-the-environment", HIDDEN),
+        ("key /planted/in+base64==", f"key {HIDDEN}"),
+        ("key in /proc/self/environ", "key in /proc/self/environ"),
         ("models/hf_llama_3_8b_instruct", "models/hf_llama_3_8b_instruct"),
         ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
         ("hf://datasets/a/b@main and you@host.org", "hf://datasets/a/b@main and you@host.org"),
@@ -123,5 +126,7 @@ def _installed(name: str) -> bool:
 def test_redacted(text: str, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "planted-in-the-environment")
     monkeypatch.setenv("SHORT_KEY", "abc")
+    monkeypatch.setenv("MY_ACCESS_KEY", "/planted/in+base64==")
+    monkeypatch.setenv("MY_CREDENTIALS", "/proc/self/environ")
     monkeypatch.setenv("TOKENIZER_PATH", "HuggingFaceTB/SmolLM2-135M")
     assert redact(text) == left

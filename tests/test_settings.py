@@ -12,6 +12,7 @@ import pytest
 
 from veritune import cli, config, flags, starter
 from veritune.errors import ConfigError
+from veritune.search import space
 from veritune.suggest import distance
 
 KEYS = config.keys(config.Run)
@@ -68,6 +69,46 @@ def test_a_slip_in_a_table_is_told_the_table(table: str) -> None:
         with pytest.raises(ConfigError) as caught:
             config.build(config.Run, {"out": "o", slip: {}}, "run.toml")
         assert repr(table) in str(caught.value).partition("did you mean")[2], caught.value
+
+
+SEARCHED = [key for key in KEYS if not key.startswith(space.FIXED)]
+
+
+@pytest.mark.parametrize("key", SEARCHED)
+def test_a_slip_in_a_searched_key_is_told_the_key(key: str) -> None:
+    table, dot, name = key.rpartition(".")
+    wrong = [table + dot + slip for slip in slips(name)] + [slip + dot + name for slip in slips(table)]
+    for slip in [it for it in wrong if it not in KEYS]:
+        with pytest.raises(ConfigError) as caught:
+            space.read(nested(slip, {"choice": [1]}), config.Run(out="o"), "run.toml")
+        assert repr(key) in str(caught.value).partition("did you mean")[2], caught.value
+    for kind in space.KINDS:
+        for slip in set(slips(kind)) - set(space.KINDS):
+            with pytest.raises(ConfigError, match=rf"{key} must be {{ range = \[a, b\] }}, {{ log = "):
+                space.read(nested(key, {slip: [1, 2]}), config.Run(out="o"), "run.toml")
+
+
+@pytest.mark.parametrize("name", ["sweep", *(f"sweep.{name}" for name in ("space", *config.keys(config.Sweep)))])
+def test_a_slip_in_the_sweeps_table_is_told_its_key(name: str, tmp_path: Path) -> None:
+    table, dot, last = name.rpartition(".")
+    for slip in slips(last):
+        if slip in config.keys(config.Sweep):
+            continue  # it is another key
+        (tmp_path / "run.toml").write_text(f'out = "o"\n{table}{dot}{slip}.train.lr = {{ log = [1e-4, 1] }}\n')
+        with pytest.raises(ConfigError) as caught:
+            config.read_sweep(tmp_path / "run.toml")
+        assert repr(last) in str(caught.value).partition("did you mean")[2], caught.value
+
+
+@pytest.mark.parametrize("name", ["track", "hours", "gpus"])
+def test_a_slip_in_a_short_flag_is_told_the_flag(name: str) -> None:
+    known = flags.names(config.Run)
+    for slip in set(slips(name)) - {*known, *flags.SHORT}:
+        with pytest.raises(ConfigError) as caught:
+            flags.check([f"--{slip.replace('_', '-')}=1"], known, "veritune train RUN.toml")
+        assert repr(f"--{name}") in str(caught.value).partition("did you mean")[2], caught.value
+    with pytest.raises(ConfigError, match="there is no flag --hours"):
+        flags.check(["--hours", "1"], ["out"], "veritune score")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -185,6 +226,18 @@ def test_every_key_stands_there_with_its_default(tmp_path: Path) -> None:
         assert is_default == (defaults[key] is not None)
 
 
+def test_a_phase_stands_there_with_every_key() -> None:
+    text = starter.run_file("run.toml").partition("# [[phases]]\n")[2].partition("\n[")[0]
+    keys = [line.removeprefix("# ") for line in text.splitlines() if " = " in line]
+    run = config.build(config.Run, {"out": "o", **tomllib.loads("\n".join(["[[phases]]", *keys]))}, "test")
+    assert [key.partition(" = ")[0] for key in keys] == config.keys(config.Phase)
+    usual = config.Train()
+    expected = config.Phase(
+        rows=(0, 1000), epochs=usual.epochs, lr=usual.lr, schedule=usual.schedule, warmup_ratio=usual.warmup_ratio
+    )
+    assert run.phases == (expected,)
+
+
 def test_the_schema_knows_every_key_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["schema"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -202,6 +255,10 @@ def test_the_schema_knows_every_key_and_no_other(capsys: pytest.CaptureFixture[s
 
     assert list(walk(found)) == KEYS + ["sweep." + key for key in config.keys(config.Sweep)]
     assert found["required"] == ["out"]
+    searched = found["$defs"]["Sweep"]["properties"]["space"]["properties"]
+    assert [key for key in searched if "." in key] == SEARCHED
+    kinds = {key: set(searched["train"]["properties"][key]["properties"]) for key in ("lr", "optimizer")}
+    assert kinds == {"lr": {"range", "log", "choice"}, "optimizer": {"choice"}}
 
 
 def test_the_schema_agrees_with_the_check(tmp_path: Path) -> None:
@@ -220,6 +277,33 @@ def test_the_schema_agrees_with_the_check(tmp_path: Path) -> None:
     checker.validate(tomllib.loads(starter.run_file("run.toml")))
     checker.validate({"out": "o", "sweep": {"trials": 3, "space": {"train": {"lr": {"log": [1e-5, 1e-2]}}}}})
     assert not checker.is_valid({"out": "o", "sweep": {"trails": 3}})
+
+
+def test_the_schema_knows_what_can_be_searched() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    checker = jsonschema.Draft202012Validator(starter.schema())
+    for key, spec, good in (
+        ("train.lr", {"log": [1e-5, 1e-2]}, True),
+        ("train.lr", {"rnage": [1e-5, 1e-2]}, False),
+        ("train.lr", {"range": [1e-5]}, False),
+        ("train.lr", {"range": [1e-5, 1e-2], "choice": [1e-3]}, False),
+        ("train.optimizer", {"choice": ["adamw_torch", "lion_8bit"]}, True),
+        ("train.optimizer", {"choice": ["adam"]}, False),
+        ("train.optimizer", {"range": ["adamw_torch", "lion_8bit"]}, False),
+        ("lora.targets", {"choice": [["q_proj"], ["q_proj", "v_proj"]]}, True),
+        ("train.lrr", {"log": [1e-5, 1e-2]}, False),
+        ("data.rows", {"range": [1, 2]}, False),
+    ):
+        for declared in (nested(key, spec), {key: spec}):
+            values = {"out": "o", "sweep": {"space": declared}}
+            assert checker.is_valid(values) == good, declared
+            if good:
+                space.read(declared, config.Run(out="o"), "test")
+            else:
+                with pytest.raises(ConfigError):
+                    space.read(declared, config.Run(out="o"), "test")
+    for key, spec in space.DEFAULT.items():
+        checker.validate({"out": "o", "sweep": {"space": {key: spec}}})
 
 
 # Secrets.

@@ -89,3 +89,12 @@ def test_what_stays_is_not_written_anew(log: Path) -> None:
     Tracker(log, from_step=3).close()
     assert log.stat().st_ino == place
     assert len(lines(log)) == 4
+
+
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "metrics.jsonl", from_step=0)
+    tracker.close()
+    tracker._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device\. Make room there") as error:
+        tracker.log(1, loss=0.5)
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")

@@ -5,6 +5,7 @@ verb needs them, so `--help` answers at once.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,8 +42,8 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
 """
 
 Adapter = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
-# Of the processes that train on several GPUs the first one talks, and the first of each machine says what went wrong.
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
+# Of several GPUs' processes the first talks, and each machine's first says what went wrong. A pipe has no width.
+console = Console(quiet=os.environ.get("RANK", "0") != "0", width=None if sys.stdout.isatty() else 1000)
 
 
 @dataclass(frozen=True)
@@ -346,6 +347,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Entry point of the `veritune` command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before and after a session, which has its own
     sys.exit(run(sys.argv[1:]))
 
 
@@ -394,7 +396,3 @@ def fail(message: str) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"veritune: {redact(message)}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ what `veritune train --help` prints.
 import dataclasses
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -237,7 +238,7 @@ class Track:
     project: Annotated[str, Field(min_length=1)] = "veritune"
     """wandb, trackio: the project."""
     name: Annotated[str, Field(min_length=1)] | None = None
-    """wandb, trackio: the run's name. Default: that of the run folder."""
+    """wandb, trackio: the run's name, with the trial's number in a sweep. Default: that of the run folder."""
     group: Annotated[str, Field(min_length=1)] | None = None
     """wandb, trackio: the group that the run belongs to; trials of a sweep have the sweep's."""
 
@@ -315,8 +316,8 @@ def keys(cls: Any, prefix: str = "") -> list[str]:
     return out
 
 
-def build(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Checks `values` (nested, as TOML gives it) against a settings class.
+def build(cls: type[T], values: dict[str, Any], where: str, beside: Sequence[str] = ()) -> T:
+    """Checks `values` (nested, as TOML gives it) against a settings class. beside: tables that were taken out of them.
 
     Raises ConfigError that names each wrong key or value, `where` it stands, and the nearest right key.
     """
@@ -329,7 +330,7 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        lines = [_explain(cls, item) for item in error.errors()]
+        lines = [_explain(cls, item, beside) for item in error.errors()]
     raise ConfigError(f"{where}: " + "; ".join(lines))
 
 
@@ -339,10 +340,10 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _explain(cls: Any, item: Any) -> str:
+def _explain(cls: Any, item: Any, beside: Sequence[str]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = keys(cls) + [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
+        known = keys(cls) + [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)] + [*beside]
         for listed in dataclasses.fields(cls):  # tables in a list, such as [[phases]]
             inner = [kind for kind in get_args(listed.type) if dataclasses.is_dataclass(kind)]
             known += [f"{listed.name}.{name}" for kind in inner for name in keys(kind)]
@@ -363,10 +364,10 @@ def read_sweep(path: Path, out: str | None = None) -> tuple[Run, Sweep, dict[str
     values = {**({} if out is None else {"out": out}), **read_toml(path)}
     searched = values.pop("sweep", {})
     space = searched.pop("space", {}) if isinstance(searched, dict) else {}
-    run = build(Run, values, str(path))
+    run = build(Run, values, str(path), ["sweep"])
     if not isinstance(searched, dict) or not isinstance(space, dict):
         raise ConfigError(f"{path}: [sweep] and [sweep.space] must be tables")
-    return run, build(Sweep, searched, f"{path}: [sweep]"), space
+    return run, build(Sweep, searched, f"{path}: [sweep]", ["space"]), space
 
 
 def read_toml(path: Path) -> dict[str, Any]:

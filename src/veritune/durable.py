@@ -10,6 +10,7 @@ checkpoints of a folder. `alone_in` keeps a folder for one process.
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -347,5 +348,5 @@ def _advice(place: Path, files: Mapping[str, Parts], error: OSError | Damaged) -
     reason = str(error.strerror or error) if isinstance(error, OSError) else f"read back, {error}"
     text = f"{place} could not be written: {reason}. What was saved before is untouched. "
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return text + f"Free at least {size / 1e6:,.0f} MB at {place.parent}, then give the same command again."
+        return text + f"Free at least {math.ceil(size / 1e6):,} MB at {place.parent}, then give the same command again."
     return text + f"Check the disk that holds {place.parent}, or move the run folder, then give the same command again."

@@ -40,13 +40,15 @@ def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, de
 
 def check(args: Sequence[str], known: Sequence[str], prog: str) -> None:
     """Raises ConfigError for the first flag that is none of `known` (as `names` gives them)."""
+    short = [name for name, meant in SHORT.items() if meant in known]
+    apart = ["gpus"] if prog.startswith("veritune train") else []  # read by `several`
     for arg in args:
         name = arg.partition("=")[0]
         if not name.startswith("--") or name in (*HELP, "--"):
             continue
         asked = name[2:].replace("-", "_")
-        if asked not in known and asked not in SHORT:
-            near = ["--" + it.replace("_", "-") for it in nearest(asked, known)]
+        if asked not in known and asked not in short:
+            near = ["--" + it.replace("_", "-") for it in nearest(asked, [*known, *short, *apart])]
             raise ConfigError(f"there is no flag {name}{did_you_mean(near)}; `{prog} --help` shows all")
 
 
@@ -57,6 +59,11 @@ def run_file(verb: str, args: Sequence[str]) -> tuple[config.Run | None, Sequenc
     if not {arg.partition("=")[0] for arg in args} & {"--out", *HELP}:
         raise needs_run_file(verb, "; or --out and the other settings as flags")
     return None, args
+
+
+def given(args: Sequence[str]) -> set[str]:
+    """The settings that flags name."""
+    return {_long(arg).partition("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
 
 
 def out_of(args: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from . import config
 from .errors import ConfigError
+from .sweepkeys import FIXED
 
 OUT = "runs/first"
 HEAD = """\
@@ -39,14 +40,32 @@ def schema() -> dict[str, Any]:
     """The keys of a run file as a JSON schema (draft 2020-12), each with its meaning, default and limits."""
     found = TypeAdapter(config.Run).json_schema()
     sweep = TypeAdapter(config.Sweep).json_schema()
-    sweep["properties"]["space"] = {
-        "type": "object",
-        "description": "Settings under their dotted names, each { range = [a, b] }, { log = [a, b] } or "
-        "{ choice = [...] }.",
-    }
+    sweep["properties"]["space"] = _space(found["$defs"])
     found["properties"]["sweep"] = {"$ref": "#/$defs/Sweep"}
     found["$defs"]["Sweep"] = sweep
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "veritune run file"}
+
+
+def _space(tables: dict[str, Any]) -> dict[str, Any]:
+    """The schema of `[sweep.space]`, from those of the settings' tables: keys nested in their table, or quoted."""
+    closed = {"type": "object", "additionalProperties": False}
+    out: dict[str, Any] = {}
+    for key in config.keys(config.Run):
+        if key.startswith(FIXED):
+            continue
+        table, _, name = key.partition(".")
+        about = tables[table.capitalize()]["properties"][name]
+        value = {part: it for part, it in about.items() if part not in ("default", "description", "title")}
+        kinds: dict[str, Any] = {"choice": {"type": "array", "items": value, "minItems": 1}}
+        if {"integer", "number"} & {it.get("type") for it in about.get("anyOf", [about])}:
+            ends = {"type": "array", "items": value, "minItems": 2, "maxItems": 2}
+            kinds |= {"range": ends, "log": ends}
+        spec = {**closed, "description": about["description"], "properties": kinds}
+        nested = out.setdefault(table, {**closed, "properties": {}})["properties"]
+        nested[name] = spec | {"minProperties": 1, "maxProperties": 1}
+        out[key] = {"$ref": f"#/$defs/Sweep/properties/space/properties/{table}/properties/{name}"}
+    text = "Settings under their dotted names, each { range = [a, b] }, { log = [a, b] } or { choice = [...] }."
+    return {**closed, "description": text, "properties": out}
 
 
 def write_schema(out: Path | None) -> None:
@@ -72,6 +91,8 @@ def run_file(name: str) -> str:
     blocks = [HEAD.format(name=name)]
     items = dataclasses.fields(config.Run)
     blocks += [_key(config.Run, it, it.name == "out") for it in items if not dataclasses.is_dataclass(it.type)]
+    blocks.append(f"\n{_comment(inspect.cleandoc(config.Phase.__doc__ or ''))}\n# [[phases]]\n")
+    blocks += [_key(config.Phase, key, False) for key in dataclasses.fields(config.Phase)]
     tables: list[tuple[str, Any]] = [(it.name, it.type) for it in items if dataclasses.is_dataclass(it.type)]
     for name, kind in (*tables, ("sweep", config.Sweep)):
         blocks.append(f"\n{_comment(inspect.cleandoc(kind.__doc__ or ''))}\n[{name}]\n")
@@ -88,7 +109,10 @@ def _key(cls: Any, item: Any, is_set: bool) -> str:
         return f"{text}\n{item.name} = {toml(default[item.name])}\n"
     value, note = about.get("default"), ""
     if value is None:
-        value, note = _example(about), "  # not set by default"
+        note = "  # not set by default" if "default" in about else ""
+        # Of a phase: as in [train].
+        value = getattr(config.Train(), item.name, None) if cls is config.Phase else None
+        value = _example(about) if value is None else value
     return f"{text}\n# {item.name} = {toml(value)}{note}\n"
 
 
@@ -100,7 +124,7 @@ def _example(about: dict[str, Any]) -> Any:
         return kind["enum"][0]
     match kind.get("type"):
         case "integer":
-            return max(int(kind.get("minimum", 1)), 1000)
+            return 1000 if kind.get("minimum", 1) else 0
         case "number":
             return 12.0
         case "array":

@@ -1,9 +1,16 @@
-"""The keys of a run file's `[sweep]` table."""
+"""The keys of a run file's `[sweep]` table, and which settings its `[sweep.space]` can hold."""
 
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+KINDS = ("range", "log", "choice")
+# What trials must agree in, to be compared and to share one loaded model; what a trial, which is one plain phase, does
+# not use; and what has no part in the result.
+FIXED = ("out", "phases", "data.", "model.", "strategy.", "validation.", "checkpoint.", "session.", "track.",
+         "train.start_from", "train.compile", "train.cuda_graphs", "train.micro_batch_tokens",
+         "train.gradient_checkpointing", "train.memory_gib", "train.non_finite", "train.deterministic")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))

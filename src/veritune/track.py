@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,32 @@ class Tracker:
     def __init__(self, path: Path, *, from_step: int) -> None:
         if path.exists():
             _drop_after(path, from_step)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, **values: Any) -> None:
-        """Writes one line; `step` counts finished steps. A figure that is NaN or infinite is written as null."""
-        self._file.write(json.dumps({"step": step, **plain(values)}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Writes one line; `step` counts finished steps. A figure that is NaN or infinite is written as null.
+
+        Raises OSError.
+        """
+        with self._told():
+            self._file.write(json.dumps({"step": step, **plain(values)}, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> int:
-        """Returns when what was logged is on the disk, whatever happens to the machine: that many bytes."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        """Returns when what was logged is on the disk, whatever happens to the machine: that many bytes. Raises
+        OSError."""
+        with self._told():
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            advice = "Make room there; the same command then goes on from the last checkpoint"
+            raise OSError(error.errno, f"{error.strerror}. {advice}", str(self._path)) from None
 
     def close(self) -> None:
         self._file.close()

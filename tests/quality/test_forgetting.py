@@ -38,16 +38,20 @@ def test_one_phase_forgets_nothing() -> None:
     assert backward_transfer([[0.5, 0.5]], [0]) is None
 
 
-def entry(step: int, index: int | None, row: list[float], cooldown: bool = False) -> dict:
+SLICES = [{"name": name, "trained_rows": 20, "held_out_rows": 30} for name in "ab"]
+
+
+def entry(step: int, index: int | None, row: list[float], cooldown: bool = False, held_out: int = 30) -> dict:
     probes = {name: {"accuracy": row, "auroc": row} for name in ("trained", "held_out")}
-    about = {"phase": f"phase {step}", "slice": index, "cooldown": cooldown}
+    rows = {"trained": [20] * len(row), "held_out": [held_out] * len(row)}
+    about = {"phase": f"phase {step}", "slice": index, "cooldown": cooldown, "rows": rows}
     validation = {"rows": 9, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "auroc": None, "brier": 1}
     return {"step": step, "probes": {**about, **probes}, "validation": validation}
 
 
 def test_a_report_is_of_the_main_line_and_takes_slices_that_came_later() -> None:
     entries = [entry(1, 0, [0.8]), entry(2, 0, [0.0], True), entry(3, 1, [0.6, 0.9])]
-    found = report([{"name": "a"}, {"name": "b"}], entries)
+    found = report(SLICES, entries)
     assert found["accuracy"]["trained"] == [[0.8, None], [0.6, 0.9]]
     assert [phase["step"] for phase in found["phases"]] == [1, 3]
     assert found["phases"][0]["validation"] == {
@@ -55,3 +59,12 @@ def test_a_report_is_of_the_main_line_and_takes_slices_that_came_later() -> None
     }  # fmt: skip
     assert found["average_forgetting"]["held_out"] == pytest.approx(0.2)
     assert found["backward_transfer"]["held_out"] == pytest.approx(-0.2)
+
+
+def test_figures_of_other_probe_rows_are_not_compared() -> None:
+    entries = [entry(1, 0, [0.8], held_out=16), entry(3, 1, [0.6, 0.9])]
+    found = report(SLICES, entries)
+    assert found["accuracy"]["held_out"] == [[None, None], [0.6, 0.9]]
+    assert found["average_forgetting"] == {"trained": pytest.approx(0.2), "held_out": None}
+    del entries[0]["probes"]["rows"]  # of before this was written down
+    assert report(SLICES, entries)["accuracy"]["held_out"][0] == [0.8, None]

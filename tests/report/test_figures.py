@@ -111,10 +111,27 @@ def test_log_ticks(low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.25, "0.25"), (1500, "1,500"), (20_000, "20k"), (1e-4, "1e-4"), (2.5e6, "2.5M")]
-)
+    ("value", "text"),
+    [
+        (0, "0"), (0.25, "0.25"), (1500, "1,500"), (20_000, "20k"), (1e-4, "1e-4"), (-1.5e-4, "-1.5e-4"),
+        (2.5e-10, "2.5e-10"), (2.5e6, "2.5M"), (1_234_567, "1.234567M"), (2.5e15, "2.5e15"),
+    ],
+)  # fmt: skip
 def test_labels(value: float, text: str) -> None:
     assert scale.label(value) == text
+
+
+def test_a_learning_rates_axis() -> None:
+    assert [scale.label(value) for value in scale.ticks(0, 2e-4)] == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]
+
+
+@given(st.floats(-1e12, 1e12), st.floats(1e-15, 1e12))
+def test_labels_are_their_ticks(low: float, width: float) -> None:
+    found = scale.ticks(low, low + max(width, abs(low) * 1e-6))
+    letters = str.maketrans({",": "", "k": "e3", "M": "e6", "G": "e9", "T": "e12"})
+    labels = [scale.label(tick) for tick in found]
+    assert len(set(labels)) == len(found)
+    assert [float(text.translate(letters)) for text in labels] == pytest.approx(found, rel=1e-11)
 
 
 def test_thinning_keeps_the_mean() -> None:

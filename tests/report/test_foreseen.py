@@ -68,6 +68,10 @@ def test_what_cannot_be_foreseen_is_said(
     source, run = source_and_run
     with pytest.raises(ConfigError, match="known cards are h200"):
         foreseen.look(run, source, "voodoo", None)
+    eight = config.build(config.Run, config.as_dict(run) | {"model": {"path": run.model.path, "base": "fp8"}}, "test")
+    with pytest.raises(ConfigError, match="a100 has no FP8 products"):
+        foreseen.look(eight, source, "a100", None)
+    assert isinstance(foreseen.look(eight, source, "l4", None), Foreseen)
     monkeypatch.setattr(foreseen, "DRIVERS", ())
     assert "there is none here" in str(foreseen.look(run, source, None, None))
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"num_local_experts": 8}))

@@ -112,6 +112,16 @@ def hostile(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+def test_how_many_rows_were_chosen_is_said(finished: Path, tmp_path: Path) -> None:
+    assert "its first" not in written(finished, tmp_path / "r.html")
+    shutil.copytree(finished, tmp_path / "some")
+    about = json.loads((finished / "run.json").read_text())
+    about["settings"]["data"]["rows"] = 1234
+    (tmp_path / "some" / "run.json").write_text(json.dumps(about))
+    found = Parsed(written(tmp_path / "some", tmp_path / "r.html"))
+    assert f"{about['settings']['data']['path']}, its first 1,234 rows" in found.text
+
+
 def test_rows_are_text_whatever_they_say(hostile: Path, tmp_path: Path) -> None:
     text = written(hostile, tmp_path / "r.html")
     assert_self_contained(text)

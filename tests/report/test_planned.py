@@ -39,6 +39,8 @@ def test_phases_time_sessions_and_cost(data: Path, tmp_path: Path, capsys: pytes
     assert ["1:", "slice", "1", "32", "32", "4", "0.0005", "new", "new", "53", "min"] in lines
     assert ["2:", "slices", "1", "to", "2", "64", "64", "8", "0.0005", "new", "last", "1.8", "h"] in lines
     assert ["3:", "slices", "1", "to", "3", "80", "80", "10", "0.0005", "new", "last", "2.2", "h"] in lines
+    assert "3 slices:" in shown
+    assert "1 of 3 strategy.ends lie beyond the 80 rows: cut off" in shown
     assert "in all 22 steps, 176 row presentations (2.20 times the 80 rows), 60 rows scored" in shown
     # (176 + 0.4 x 60) / 0.01 s = 5.56 h
     assert "time: 5.6 h at 0.0 rows/s" in shown

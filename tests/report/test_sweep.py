@@ -1,5 +1,6 @@
 """The report on a sweep: what its trials say about the settings, and a page whatever became of them."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from test_page import Parsed, assert_self_contained
 
+from veritune import config
 from veritune.errors import ConfigError, DataError
-from veritune.report import page, trials
+from veritune.report import page, sweep, trials
+from veritune.search import space
 
 SPACE = {
     "train.lr": {"log": [1e-6, 0.5]},
@@ -78,6 +81,19 @@ def test_every_section_is_there(made: Path, tmp_path: Path) -> None:
     assert f"{best['loss']:.4f}" in found.text
     assert 'out = "<best>"' in found.text
     assert "diverges from 0.00" in found.text
+
+
+def test_the_run_file_on_the_page_is_the_sweeps(made: Path) -> None:
+    run = config.build(config.Run, {"out": "o", "phases": [{"rows": [0, 8]}], "lora": {"rank": 8}}, "test")
+    settings = config.Sweep(trials=7, pruner="asha", storage="postgresql://me@db/x")
+    results = json.loads((made / "results.json").read_text())
+    results |= {"run": config.as_dict(run), "sweep": config.as_dict(settings) | {"storage": "postgresql"}}
+    (made / "results.json").write_text(json.dumps(results))
+    (made / "run.toml").write_text(sweep.run_file(trials.read(made)))
+    found, its, declared = config.read_sweep(made / "run.toml")
+    assert (found, its) == (run, dataclasses.replace(settings, storage=None))
+    assert {axis.key: axis.as_json() for axis in space.read(declared, run, "test")} == SPACE
+    assert "train.lr = { log = [1e-06, 0.5] }" in Parsed(written(made, made / "r.html")).text
 
 
 def test_trials_of_every_kind_make_a_page(tmp_path: Path) -> None:

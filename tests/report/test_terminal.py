@@ -16,6 +16,7 @@ from rich.console import Console
 
 from veritune import cli
 from veritune.errors import MissingError
+from veritune.report import page
 from veritune.report.braille import curve
 from veritune.report.table import show_runs
 from veritune.report.watch import watch
@@ -43,6 +44,35 @@ def test_runs_is_a_line_each(finished: Path, tmp_path: Path) -> None:
     assert lines["[bold]broke"][1] == "failed"
     assert lines["odd"][1] == "damaged"
     assert "[bold]broke: NonFiniteError: step 4: [red]the loss" in text
+
+
+def test_names_can_be_read_on_a_narrow_terminal(finished: Path, tmp_path: Path) -> None:
+    names = ["llama-cumulative-20k-first", "first-sweep/trials/0007"]
+    for name in names:
+        shutil.copytree(finished, tmp_path / name)
+        (tmp_path / name / "status.json").write_text(
+            (finished / "status.json").read_text().replace('"all"', '"3: slices 1 to 3 and replay"')
+        )
+    lines = printed(show_runs, tmp_path, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert [line[:18] for line in lines if "finished" in line] == ["first-sweep/trials", "llama-cumulative-2"]
+    piped = subprocess.run(
+        [sys.executable, "-m", "veritune", "runs", str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [line.split()[0] for line in piped[1:]] == sorted(names)
+    assert all("3: slices 1 to 3 and replay" in line for line in piped[1:])
+
+
+def test_a_validation_without_a_figure_is_shown_with_the_others(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "validation": {"loss": 0.001}}\n')
+    text = printed(show_runs, tmp_path)
+    assert text.splitlines()[1].split()[5:8] == ["0.001", "-", "-"]
+    assert "accuracy -  AUROC -  loss 0.001" in printed(watch, tmp_path / "run")
+    page.report([tmp_path / "run"], tmp_path / "r.html")
+    assert "0.001" in (tmp_path / "r.html").read_text()
 
 
 def test_no_runs_is_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Trials change hands: none is lost and none is there twice, whatever kills the workers; SQLite and PostgreSQL."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,9 +18,11 @@ from typing import Any
 
 import pytest
 from made_sweeps import board, point
+from rich.console import Console
 
 from veritune.errors import ConfigError, MissingError
 from veritune.search import board as boards
+from veritune.search import result
 from veritune.search.board import Board, Lost, Taken, line
 
 FORK = multiprocessing.get_context("fork")
@@ -199,6 +203,21 @@ def test_asha_stops_what_falls_behind(tmp_path: Path) -> None:
     assert [line(trial)["state"] for trial in it.trials()].count("complete") == 4
 
 
+def test_the_table_can_be_read_on_a_narrow_terminal(tmp_path: Path) -> None:
+    it = board(tmp_path / "s", trials=2)
+    for loss in (0.612345, 0.5):
+        trial = taken(it.take())
+        trial.info["seconds"] = 12345.6
+        finish(it, trial, loss)
+    out = io.StringIO()
+    result.show(it, result.lines(it), Console(file=out, width=60))
+    found = [line.split() for line in out.getvalue().splitlines()]
+    assert found[0] == ["trial", "loss", "AUROC", "accuracy", "s", "settings"]
+    assert found[1][:6] == ["1", "0.5000", "0.7000", "0.6000", "12346", "rank"]
+    assert ["0", "0.6123", "0.7000", "0.6000", "12346", "rank"] in [words[:6] for words in found]
+    assert "…" not in out.getvalue()
+
+
 def test_tpe_learns_and_hyperband_stops(tmp_path: Path) -> None:
     """Ranks near 3 are best: after ten random trials, TPE draws nearer to it than a random search does."""
 
@@ -298,3 +317,13 @@ def test_four_workers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     left = [path for path in tmp_path.rglob("*") if path.is_file() and re.search(b"secret-word", path.read_bytes())]
     assert left == []
     json.dumps([line(trial) for trial in it.trials()], allow_nan=False)
+
+
+def test_sweeps_on_one_server_do_not_wait_for_each_other(postgres: str, tmp_path: Path) -> None:
+    first, best = (board(tmp_path / name, storage=postgres) for name in ("first-sweep", "best-sweep"))
+    other = threading.Thread(target=best.take)
+    with first.locked():
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+    other.join()

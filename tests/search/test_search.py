@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,10 +20,12 @@ from rich.console import Console
 from veritune import cli, config
 from veritune.errors import ConfigError, MissingError
 from veritune.model import load
+from veritune.report import page
 from veritune.search import search, space
 from veritune.search.board import Taken
 from veritune.search.trial import Diverged, Losses, settings_of
 from veritune.starter import toml
+from veritune.trackers import follow
 from veritune.training import step
 from veritune.training.trainer import train
 
@@ -115,6 +119,13 @@ def test_a_trial_keeps_no_replica(tmp_path: Path) -> None:
     assert (trial.checkpoint.replica, trial.session.hours) == (None, 12)
 
 
+def test_a_trial_has_a_name_of_its_own_on_trackers(tmp_path: Path) -> None:
+    for name, its in ((None, None), ("first", "first-0007")):
+        run = config.build(config.Run, {"out": "o", "track": {"name": name}}, "test")
+        track = settings_of(run, config.Sweep(), {}, 48, tmp_path / "s" / "trials" / "0007").track
+        assert (track.name, track.group) == (its, "s")
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     whole: tuple[list[dict[str, Any]], str, Path], data: Path, tiny_folder: Path, tmp_path: Path, at_once: int
@@ -126,6 +137,10 @@ def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     with pytest.raises(KeyboardInterrupt):  # the hours count from the start of each process
         search.sweep(short, chosen, SPACE, Console(file=printed, width=200))
     assert "given back; the same command goes on" in printed.getvalue()
+    first = printed.getvalue().splitlines()[0]
+    assert first == f"{tmp_path}/run-sweep: 3 trials of 48 rows each; searched: train.lr, train.optimizer"
+    page.report([tmp_path / "run-sweep"], tmp_path / "r.html")  # with no trial that has ended
+    assert {trial["state"] for trial in read(tmp_path / "run-sweep")} == {"waiting"}
     found, _, _ = swept(values)
     keys = ("params", "loss", "auroc", "state")
     assert [[trial[key] for key in keys] for trial in found] == [[trial[key] for key in keys] for trial in whole[0]]
@@ -164,9 +179,12 @@ def test_diverging_trials_stop_early_and_say_so(data: Path, tiny_folder: Path, t
     assert set(by_rate) == {1e30, 30.0}
     assert {trial["state"] for trial in trials} == {"diverged"}
     assert all(trial["steps_done"] < trial["steps"] == 11 for trial in trials)
-    assert "is not finite" in by_rate[1e30]["error"]
+    assert re.fullmatch("the (loss|gradient) is not finite: .*", by_rate[1e30]["error"])
     assert not (folder / "best.toml").exists()
     assert "no trial was completed" in printed
+    for trial in trials:
+        assert f"trial {trial['trial']}: diverged" in printed
+        assert trial["error"] in printed
 
 
 def test_losses_over_the_starts_for_too_long() -> None:
@@ -193,6 +211,10 @@ def test_trials_that_cannot_be_trained_have_failed(data: Path, tiny_folder: Path
     values = run_values(tmp_path / "all", data, tiny_folder)
     with pytest.raises(ConfigError, match="the first 3 trials have all failed"):
         swept(values, {"lora.targets": {"choice": [["nonsense"]]}}, trials=9)
+    values = run_values(tmp_path / "two", data, tiny_folder)
+    for _ in range(2):  # and again, when nothing is left to do
+        with pytest.raises(ConfigError, match=r"all 2 trials have failed; mend this.*nonsense"):
+            swept(values, {"lora.targets": {"choice": [["nonsense"]]}}, trials=2)
 
 
 def test_a_trial_that_memory_does_not_hold_has_failed(
@@ -218,7 +240,49 @@ def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_fo
         swept(values, {"train.lrr": {"log": [1e-4, 1]}})
     with pytest.raises(MissingError):
         swept({**values, "data": {"path": str(tmp_path / "none")}})
+    with pytest.raises(ConfigError, match=r"prompt.max_length = 1000000: .* has positions for"):
+        swept({**values, "prompt": {"max_length": 1_000_000}})
+    with pytest.raises(ConfigError, match=r"lora.targets: nonsense names no layer"):
+        swept({**values, "lora": {"targets": ["q_proj", "nonsense"]}})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("declared", "args", "key"),
+    [
+        ("lora.rank = { choice = [4, 8] }", ["--lora.rank=4"], "lora.rank"),
+        ("train.batch_size = { choice = [4, 8] }", ["--train.batch-size", "4"], "train.batch_size"),
+        ("", ["--hours", "1", "--train.lr", "1e-3"], "train.lr"),
+    ],
+)
+def test_a_flag_for_what_is_searched_is_refused(
+    declared: str, args: list[str], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(f'out = "{tmp_path / "run"}"\n[sweep.space]\n{declared}\n')
+    assert cli.run(["sweep", str(tmp_path / "run.toml"), *args]) == 2
+    said = capsys.readouterr().err
+    assert f"{key} is searched, so the flag would change nothing" in said
+    assert said.endswith(f"declare a [sweep.space] without {key}\n")
+
+
+def test_a_tracker_that_hangs_costs_a_sweep_one_wait_and_one_warning(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(follow, "failures", {})
+    monkeypatch.setattr(follow, "DEADLINE", 1.0)
+    monkeypatch.setattr(follow, "STOPPED", 0.5)
+    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        values = run_values(tmp_path / "run", data, tiny_folder) | {"track": {"to": ["wandb"]}}
+        trials, printed, folder = swept(values, trials=2)
+    assert [trial["state"] for trial in trials] == ["complete", "complete"]
+    assert printed.count("wandb had not finished after 1 s and may lack trials") == printed.count("wandb") == 1
+    logs = [(folder / "trials" / f"{trial['trial']:04d}.log").read_text() for trial in trials]
+    assert ["after 1 s" in logs[0], "after 0.5 s" in logs[1]] == [True, True]
 
 
 def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(

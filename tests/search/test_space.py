@@ -56,7 +56,7 @@ def test_the_default_is_the_search_of_the_entry() -> None:
         ('strategy.kind = { choice = ["plain", "stream"] }', "strategy.kind cannot be searched"),
         ("session.hours = { range = [1, 2] }", "session.hours cannot be searched"),
         ("train.lr = [1e-5, 1]", "must be { range = [a, b] }"),
-        ("train.lr = { uniform = [1e-5, 1] }", "unknown setting"),
+        ("train.lr = { uniform = [1e-5, 1] }", "must be { range = [a, b] }"),
         ("train.lr = { log = [1e-5, 1], range = [0, 1] }", "must be { range = [a, b] }"),
         ("train.lr = { log = 3 }", "must be a list"),
         ("train.lr = { log = [] }", "must be a list"),

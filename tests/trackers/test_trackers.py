@@ -39,6 +39,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "TRACKIO_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home" / name))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr(follow, "failures", {})
 
 
 def settings(folder: Path, to: str, **track: Any) -> config.Run:
@@ -194,6 +195,27 @@ def test_a_tracker_that_hangs_is_left_behind(silent: str, tmp_path: Path, monkey
     assert workers() == []
     lines = (Path(run.out) / "metrics.jsonl").read_bytes().splitlines()
     assert len(lines) == 300 + 60
+    monkeypatch.setattr(follow, "STOPPED", 0.5)  # and for the same process's next run, waited for no longer than that
+    said = session(settings(tmp_path / "next", "wandb"), 1, 1)
+    assert [text for text in said if "had not finished after 0.5 s" in text] == said
+
+
+@pytest.mark.parametrize(("error", "code"), [(follow.Ended, 0), (KeyboardInterrupt, 0), (RuntimeError, 1)])
+def test_a_run_that_is_ended_early_has_not_failed(
+    error: type[BaseException], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(follow, "STOPPED", 60.0)
+    run = settings(tmp_path / "run", "wandb")
+
+    def end() -> None:
+        raise error
+
+    with pytest.raises(error):
+        session(run, 1, 4, between=end)
+    (records,) = wandb_runs(Path(run.out) / follow.FOLDER / "wandb")
+    assert [it.exit.exit_code for it in records if it.WhichOneof("record_type") == "exit"] == [code]
 
 
 def test_a_network_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +236,10 @@ def test_a_network_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert figures(read("wandb", Path(run.out), tmp_path)) == expected(12)
 
 
-def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run = settings(tmp_path / "run", "tensorboard")
+@pytest.mark.parametrize("to", ["tensorboard", "trackio"])
+def test_a_disk_that_takes_no_more(to: str, tmp_path: Path) -> None:
+    pytest.importorskip(to)
+    run = settings(tmp_path / "run", to, project="some project")
 
     def fill() -> None:
         at_work(run)
@@ -226,6 +249,21 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     said = session(run, 1, 2000, between=fill)
     assert "the run is whole in" in said[-1]
     assert len((Path(run.out) / "metrics.jsonl").read_bytes().splitlines()) == 2400
+    if to == "trackio":  # what it lost is sent by the next session
+        session(run, 2001, 2001)
+        assert figures(read(to, Path(run.out), tmp_path)) == expected(2001)
+
+
+def test_a_folder_that_trackio_cannot_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio")
+    run = settings(tmp_path / "run", "trackio", project="some project")
+    monkeypatch.setenv("TRACKIO_DIR", "/proc/none")
+    why, rest = session(run, 1, 20)
+    assert "No such file or directory: '/proc/none'" in why
+    assert "the same command sends the rest" in rest
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "home" / "TRACKIO_DIR"))
+    assert session(run, 21, 21) == []
+    assert figures(read("trackio", Path(run.out), tmp_path)) == expected(21)
 
 
 def test_without_an_account_it_is_offline(tmp_path: Path) -> None:

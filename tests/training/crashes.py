@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_tensors import copied, save, steps
 
-from veritune.training import checkpoint, replica
+from veritune.training import checkpoint
 
 torch.set_num_threads(1)  # a forked child has only its own thread
 SIZE = 3000
@@ -141,21 +142,21 @@ def at_every_call(folder: Path, keep: int, what: str, power: bool) -> int:
         drive.parent.mkdir()
         remote = drive if what == "replica" else None
         for step in range(1, keep + 1):
-            checkpoint.save(local, step, content(step), {"tag": step}, keep=keep, replica=remote, warn=quiet.append)
+            save(local, step, content(step), {"tag": step}, keep=keep, replica=remote, warn=quiet.append)
         if what == "publish":
             checkpoint.publish(folder / "best", {"a.safetensors": content(1)["adapter"], "tag": b"1"})
         if what == "replica":
-            checkpoint.save(local, keep + 1, content(99), {"tag": 99}, keep=keep)
+            save(local, keep + 1, content(99), {"tag": 99}, keep=keep)
 
         def work(die_at: int = died + 1) -> None:
             Disk(die_at, power)
             if what == "publish":
                 checkpoint.publish(folder / "best", {"a.safetensors": content(99)["adapter"], "tag": b"99"})
             elif what == "replica":
-                assert replica.copy(local / f"step-{keep + 1:08d}", drive, keep=keep, warn=quiet.append)
+                assert copied(local / f"step-{keep + 1:08d}", drive, keep=keep, warn=quiet.append)
             else:
                 step = keep + (what == "next")
-                checkpoint.save(local, step, content(99), {"tag": 99}, keep=keep)
+                save(local, step, content(99), {"tag": 99}, keep=keep)
 
         code = forked(work)
         assert code in (0, 9), f"the child failed at call {died + 1}"
@@ -168,16 +169,16 @@ def at_every_call(folder: Path, keep: int, what: str, power: bool) -> int:
             assert tag == 99 or code == 9
             assert sorted(path.name for path in folder.iterdir()) == ["best", "drive", "run"]
         elif what == "replica":
-            assert same(checkpoint.load_latest(folder / "none", replica=drive, warn=quiet.append), keep, 99)
-            assert replica.copy(local / f"step-{keep + 1:08d}", drive, keep=keep, warn=quiet.append), quiet
-            assert same(checkpoint.load_latest(folder / "none", replica=drive, warn=quiet.append), 99)
+            assert same(checkpoint.load_latest(drive, warn=quiet.append), keep, 99)
+            assert copied(local / f"step-{keep + 1:08d}", drive, keep=keep, warn=quiet.append), quiet
+            assert same(checkpoint.load_latest(drive, warn=quiet.append), 99)
             assert len(list(drive.iterdir())) == keep
         else:
             assert same(checkpoint.load_latest(local, warn=quiet.append), keep, 99), f"call {died + 1}"
             assert code == 9 or same(checkpoint.load_latest(local, warn=quiet.append), 99)
-            checkpoint.save(local, keep + 1, content(98), {"tag": 98}, keep=keep)
+            save(local, keep + 1, content(98), {"tag": 98}, keep=keep)
             assert same(checkpoint.load_latest(local, warn=quiet.append), 98)
-            assert len(list(local.iterdir())) == keep == len(checkpoint.steps(local)), sorted(local.iterdir())
+            assert len(list(local.iterdir())) == keep == len(steps(local)), sorted(local.iterdir())
         if code == 0:
             assert what == "replica" or not quiet, quiet
             return died
@@ -192,7 +193,7 @@ def at_random(folder: Path, count: int, seed: int) -> dict[str, int]:
     fresh(folder)
     begin = time.perf_counter()
     for step in range(5):
-        checkpoint.save(folder / "pace", step, content(step), {"tag": step})
+        save(folder / "pace", step, content(step), {"tag": step})
     pace = (time.perf_counter() - begin) / 5
     shutil.rmtree(folder / "pace")
     for _ in range(count):
@@ -203,7 +204,7 @@ def at_random(folder: Path, count: int, seed: int) -> dict[str, int]:
             while True:
                 tag += 1
                 os.write(writer, f"{tag}?".encode())
-                checkpoint.save(folder, tag // 2, content(tag), {"tag": tag}, keep=1)
+                save(folder, tag // 2, content(tag), {"tag": tag}, keep=1)
                 os.write(writer, f"{tag}!".encode())
         os.close(writer)
         os.read(reader, 1)  # it has begun
@@ -221,7 +222,7 @@ def at_random(folder: Path, count: int, seed: int) -> dict[str, int]:
         assert same(saved, done, begun), (done, begun, saved.state)
         lost += saved.state["tag"] != done
         at = saved.state["tag"]
-    checkpoint.save(folder, at, content(at), {"tag": at}, keep=1)
+    save(folder, at, content(at), {"tag": at}, keep=1)
     assert len(list(folder.iterdir())) == 1, "a save after the kills leaves only its own checkpoint"
     return {"kills": count, "saves": at, "ahead": lost}
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from crashes import content, fresh, same
+from made_tensors import save
 
 from veritune.errors import CheckpointError
 from veritune.training import checkpoint, replica
@@ -27,11 +28,11 @@ def at_every_call(folder: Path, number: int, what: str, sticky: bool) -> dict[st
     while True:
         fresh(folder)
         drive.parent.mkdir()
-        checkpoint.save(local, 1, content(1), {"tag": 1}, keep=1, replica=remote)
+        save(local, 1, content(1), {"tag": 1}, keep=1, replica=remote)
         step, told = 1 + (what != "again"), []
         shim.fault_arm(count, number, int(sticky))
         try:
-            checkpoint.save(local, step, content(2), {"tag": 2}, keep=1, replica=remote, warn=told.append)
+            save(local, step, content(2), {"tag": 2}, keep=1, replica=remote, warn=told.append)
             failed = None
         except CheckpointError as error:
             failed = str(error)
@@ -55,12 +56,12 @@ def at_every_call(folder: Path, number: int, what: str, sticky: bool) -> dict[st
         if remote is not None:
             # The copy is whole or was told of; either way a whole one is there.
             copied = failed is None and not any("could not be copied" in text for text in told)
-            there = checkpoint.load_latest(folder / "none", replica=drive, warn=lambda text: None)
+            there = checkpoint.load_latest(drive, warn=lambda text: None)
             assert same(there, 2 if copied else 1), (count, told)
-        checkpoint.save(local, 3, content(3), {"tag": 3}, keep=1, replica=remote)
+        save(local, 3, content(3), {"tag": 3}, keep=1, replica=remote)
         assert same(checkpoint.load_latest(local), 3)
         if remote is not None:
-            assert same(checkpoint.load_latest(folder / "none", replica=drive), 3)
+            assert same(checkpoint.load_latest(drive), 3)
             assert [path.name for path in drive.iterdir()] == ["step-00000003"]
         assert [path.name for path in local.iterdir()] == ["step-00000003"]
         count += 1

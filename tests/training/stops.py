@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_tensors
 import torch
 
 from veritune import cli
@@ -134,7 +135,7 @@ def main(folder: Path, model: str, data: str, stages: list[str]) -> None:
             time.sleep(pause)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         seconds = time.monotonic() - began
-        left = checkpoint.steps(folder / stage / "checkpoints")
+        left = made_tensors.steps(folder / stage / "checkpoints")
         said = text.read_text()
         pid, _ = child("", argv, folder / f"{stage}-again.txt")
         again = os.waitpid(pid, 0)[1] == 0

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import made_tensors
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,7 +31,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def save(folder: Path, *steps: int, keep: int = 9) -> None:
     for step in steps:
-        checkpoint.save(folder, step, tensors(step), {"step": step}, keep=keep)
+        made_tensors.save(folder, step, tensors(step), {"step": step}, keep=keep)
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,7 +53,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path_factory, dtype, s
         tensor = tensor.t() if tensor.dim() == 2 else tensor
     elif form == "strided" and tensor.dim():
         tensor = torch.stack([tensor, tensor], dim=tensor.dim())[..., 1]
-    checkpoint.save(folder, 1, {"group": {"x": tensor, "scalar": torch.tensor(3, dtype=torch.int32)}}, {})
+    made_tensors.save(folder, 1, {"group": {"x": tensor, "scalar": torch.tensor(3, dtype=torch.int32)}}, {})
     saved = checkpoint.load_latest(folder)
     assert saved is not None
     back = saved.tensors["group"]["x"]
@@ -61,7 +62,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path_factory, dtype, s
 
 
 def test_the_files_are_safetensors_that_others_read(tmp_path):
-    path = checkpoint.save(tmp_path, 7, {"adapter": tensors()["adapter"], "empty": {}}, {"n": 1})
+    path = made_tensors.save(tmp_path, 7, {"adapter": tensors()["adapter"], "empty": {}}, {"n": 1})
     assert path == tmp_path / "step-00000007"
     assert sorted(p.name for p in path.iterdir()) == [
         "adapter.safetensors",
@@ -75,7 +76,7 @@ def test_the_files_are_safetensors_that_others_read(tmp_path):
 
 def test_tensors_that_share_storage_are_each_written_out(tmp_path):
     base = torch.arange(10.0)
-    checkpoint.save(
+    made_tensors.save(
         tmp_path, 1, {"x": {"qmap1": base, "qmap2": base, "part": base[2:5], "flipped": base.view(2, 5).t()}}, {}
     )
     saved = checkpoint.load_latest(tmp_path)
@@ -96,7 +97,7 @@ def test_state_comes_back_exactly(tmp_path):
         "text": "é\n\ud800",
         "d": {"b": 1, "a": []},
     }
-    checkpoint.save(tmp_path, 1, tensors(), state)
+    made_tensors.save(tmp_path, 1, tensors(), state)
     saved = checkpoint.load_latest(tmp_path)
     assert saved is not None
     assert saved.state == state
@@ -111,41 +112,41 @@ def test_nothing_non_finite_is_written(tmp_path, dtype, value):
         bad.view(-1)[417] = value
         save(tmp_path, 1)
         with pytest.raises(NonFiniteError, match=r"optimizer/3\.exp_avg: 1 of 600 values"):
-            checkpoint.save(tmp_path, 2, {**tensors(), "optimizer": {"3.exp_avg": bad}}, {})
+            made_tensors.save(tmp_path, 2, {**tensors(), "optimizer": {"3.exp_avg": bad}}, {})
         assert os.listdir(tmp_path) == ["step-00000001"]
 
 
 def test_large_but_finite_values_and_integers_pass(tmp_path):
     huge = {str(dtype): torch.full((50,), torch.finfo(dtype).max, dtype=dtype) for dtype in FLOATS}
-    checkpoint.save(tmp_path, 1, {"x": {**huge, "u8": torch.full((9,), 255, dtype=torch.uint8)}}, {})
+    made_tensors.save(tmp_path, 1, {"x": {**huge, "u8": torch.full((9,), 255, dtype=torch.uint8)}}, {})
 
 
 def test_a_non_finite_number_in_the_state_is_refused_by_name(tmp_path):
     with pytest.raises(NonFiniteError, match=r"state\.json\.best\[1\] is inf"):
-        checkpoint.save(tmp_path, 1, tensors(), {"best": [0.5, float("inf")]})
+        made_tensors.save(tmp_path, 1, tensors(), {"best": [0.5, float("inf")]})
     with pytest.raises(TypeError, match="key 3 is not a string"):
-        checkpoint.save(tmp_path, 1, tensors(), {"rows": {3: 1}})
+        made_tensors.save(tmp_path, 1, tensors(), {"rows": {3: 1}})
     assert os.listdir(tmp_path) == []
 
 
 def test_no_checkpoint_at_all_is_none(tmp_path):
     assert checkpoint.load_latest(tmp_path / "nowhere") is None
     assert checkpoint.load_latest(tmp_path) is None
-    assert checkpoint.steps(tmp_path / "nowhere") == []
+    assert made_tensors.steps(tmp_path / "nowhere") == []
 
 
 def test_order_is_by_step_never_by_file_time(tmp_path):
     save(tmp_path, 5, 90, 1_000_000, 123_456_789)
     for age, step in enumerate([123_456_789, 1_000_000, 90, 5]):
         os.utime(checkpoint.place(tmp_path, step), (age, age))
-    assert checkpoint.steps(tmp_path) == [5, 90, 1_000_000, 123_456_789]
+    assert made_tensors.steps(tmp_path) == [5, 90, 1_000_000, 123_456_789]
     assert latest(tmp_path).step == 123_456_789
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_only_the_newest_are_kept(tmp_path, keep):
     save(tmp_path, *range(1, 6), keep=keep)
-    assert checkpoint.steps(tmp_path) == list(range(6 - keep, 6))
+    assert made_tensors.steps(tmp_path) == list(range(6 - keep, 6))
     assert len(os.listdir(tmp_path)) == keep
 
 
@@ -153,19 +154,19 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
     save(tmp_path, 1, 2)
     (tmp_path / "step-00000002" / "adapter.safetensors").write_bytes(b"")
     save(tmp_path, 3, keep=2)
-    assert checkpoint.steps(tmp_path) == [1, 3]
+    assert made_tensors.steps(tmp_path) == [1, 3]
     assert not (tmp_path / "step-00000002").exists()
 
 
 def test_a_later_checkpoint_is_left_alone_by_an_earlier_save(tmp_path):
     save(tmp_path, 5, 9)
     save(tmp_path, 6, keep=1)
-    assert checkpoint.steps(tmp_path) == [6, 9]
+    assert made_tensors.steps(tmp_path) == [6, 9]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 3)
-    checkpoint.save(tmp_path, 3, tensors(44), {"again": True}, keep=1)
+    made_tensors.save(tmp_path, 3, tensors(44), {"again": True}, keep=1)
     saved = checkpoint.load_latest(tmp_path)
     assert saved is not None
     assert saved.state == {"again": True}
@@ -177,7 +178,7 @@ def test_what_a_killed_process_left_is_never_a_checkpoint(tmp_path):
     save(tmp_path, 1)
     for kind in ("new", "trash"):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / f".step-00000002.{kind}")
-    assert checkpoint.steps(tmp_path) == [1]
+    assert made_tensors.steps(tmp_path) == [1]
     assert latest(tmp_path).step == 1
     assert os.listdir(tmp_path) == ["step-00000001"]
 
@@ -284,7 +285,7 @@ def test_saver_saves_what_was_there_when_it_was_asked(tmp_path):
     saver.close()
     saved = checkpoint.load_latest(tmp_path)
     assert saved is not None
-    assert (saved.step, checkpoint.steps(tmp_path)) == (4, [3, 4])
+    assert (saved.step, made_tensors.steps(tmp_path)) == (4, [3, 4])
     assert torch.equal(saved.tensors["adapter"]["w"], torch.full((200_000,), 4.0))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_tensors import tensors
+from made_tensors import save, steps, tensors
 
 from veritune.errors import CheckpointError
 from veritune.training import checkpoint, replica
@@ -109,24 +109,24 @@ def big(count: int) -> dict:
 
 def test_a_full_disk(small_disk):
     folder = small_disk / "run"
-    checkpoint.save(folder, 1, big(20_000), {}, keep=1)
+    save(folder, 1, big(20_000), {}, keep=1)
     with pytest.raises(CheckpointError, match=f"No space left on device.*Free at least .* MB at {folder}"):
-        checkpoint.save(folder, 2, big(200_000), {}, keep=1)
+        save(folder, 2, big(200_000), {}, keep=1)
     assert os.listdir(folder) == ["step-00000001"]
     saved = checkpoint.load_latest(folder)
     assert saved is not None
     assert saved.step == 1
-    checkpoint.save(folder, 2, big(20_000), {}, keep=1)
-    assert checkpoint.steps(folder) == [2]
+    save(folder, 2, big(20_000), {}, keep=1)
+    assert steps(folder) == [2]
 
 
 def test_a_full_replica_is_a_warning(tmp_path, small_disk, monkeypatch):
     monkeypatch.setattr(replica, "WAITS", (0.0,))
     drive, warned = small_disk / "run", []
-    checkpoint.save(tmp_path / "run", 1, big(20_000), {}, replica=drive, warn=warned.append)
+    save(tmp_path / "run", 1, big(20_000), {}, replica=drive, warn=warned.append)
     assert warned == []
-    checkpoint.save(tmp_path / "run", 2, big(200_000), {}, replica=drive, warn=warned.append)
+    save(tmp_path / "run", 2, big(200_000), {}, replica=drive, warn=warned.append)
     assert len(warned) == 1
     assert "No space left on device" in warned[0]
     assert os.listdir(drive) == ["step-00000001"]
-    assert checkpoint.steps(tmp_path / "run") == [1, 2]
+    assert steps(tmp_path / "run") == [1, 2]

@@ -1,5 +1,6 @@
 """A run whose machine is gone goes on from its replica alone, with all that the run folder held."""
 
+import errno
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import pytest
 from made_tensors import latest, tensors
 from runs import assert_same, checkpoints, metrics, prepared, settings, trained
 
-from veritune import config
+from veritune import config, durable
 from veritune.data.generate import generate
 from veritune.errors import CheckpointError, ConfigError
 from veritune.training import checkpoint, replica, runfolder
@@ -157,6 +158,42 @@ def test_a_drive_that_is_not_mounted_at_the_start(tmp_path: Path, drive: Path) -
     warned: list[str] = []
     assert bring(tmp_path / "a", drive, warned=warned) is None
     assert "is the drive mounted?" in warned[0]
+
+
+def test_a_file_that_is_gone_when_it_is_read_leads_to_the_copy_before(
+    tmp_path: Path, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session(tmp_path / "a", drive, 1, 2)
+    read = durable.read_file
+
+    def flaky(path: Path, entry: Any) -> bytes:
+        if path.match("step-00000002/state.json"):
+            path.unlink()
+        return read(path, entry)
+
+    monkeypatch.setattr("veritune.training.fetch.read_file", flaky)
+    warned: list[str] = []
+    assert bring(tmp_path / "b", drive, warned=warned) == 1
+    assert "state.json cannot be read" in warned[0]
+
+
+def test_a_mount_that_does_not_answer_stops_no_run_that_has_a_checkpoint(
+    tmp_path: Path, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session(tmp_path / "a", drive, 1)
+    stat = Path.stat
+
+    def dead(path: Path, **how: Any) -> os.stat_result:
+        if path.is_relative_to(drive.parent):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", dead)
+    warned: list[str] = []
+    assert bring(tmp_path / "a", drive, warned=warned) is None
+    assert all("Transport endpoint is not connected" in line for line in warned)
+    with pytest.raises(ConfigError, match="Mount the drive"):
+        bring(tmp_path / "b", drive, warned=warned)
 
 
 def test_a_fetch_that_is_cut_off_is_begun_again(tmp_path: Path, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from made_tensors import save
 
 from veritune.errors import CheckpointError
 from veritune.training import checkpoint
@@ -48,7 +49,7 @@ def frozen(params, optimizer) -> list[bytes]:
 def through_disk(folder: Path, params, optimizer) -> checkpoint.Saved:
     tensors, state = optimizer_tensors(optimizer)
     weights = {str(index): param.detach() for index, param in enumerate(params)}
-    checkpoint.save(folder, 5, {"adapter": weights, "optimizer": tensors}, {"optimizer": state})
+    save(folder, 5, {"adapter": weights, "optimizer": tensors}, {"optimizer": state})
     saved = checkpoint.load_latest(folder)
     assert saved is not None
     return saved

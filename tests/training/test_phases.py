@@ -93,6 +93,8 @@ def test_a_plan_counts_the_rows_that_the_run_scored(data: Path, tiny_folder: Pat
     trained(run)
     lines, source = metrics(tmp_path / "run"), feed.read(run)
     assert [phase.kind for phase in source.plan.phases] == ["part", "cooldown", "whole", "whole"]
+    forgetting = json.loads((tmp_path / "run" / "forgetting.json").read_text())
+    assert [phase["name"] for phase in forgetting["phases"]] == ["1: slice 1", "2: slice 2"]  # the part is no phase
     probes = sum(len(it.trained) + (0 if it.held_out is None else len(it.held_out)) for it in source.slices)
     scored = sum("validation" in line for line in lines) * len(source.validation.labels)
     scored += sum("probes" in line for line in lines) * probes
@@ -152,8 +154,11 @@ def test_appending_is_accepted_and_what_would_change_the_past_is_not(
     elsewhere = shutil.copytree(data, tmp_path / "elsewhere")
     trained(run_of(tmp_path / "run", elsewhere, tiny_folder, phases=[first]))
     shutil.rmtree(elsewhere)  # the rows may lie in another place by then
-    with pytest.raises(ConfigError, match="phases was"):
+    told = r"phases\.1\.rows was \[0, 16\], is \[0, 24\]; phases\.2\.rows was None"
+    with pytest.raises(ConfigError, match=told) as error:
         trained(run_of(tmp_path / "run", data, tiny_folder, phases=[{"rows": [0, 24]}, more]))
+    assert "phases.1.lr" not in str(error.value)
+    assert "instead of epochs" not in str(error.value)
     trained(run_of(tmp_path / "run", data, tiny_folder, phases=[first, more]))
     trained(run_of(tmp_path / "whole", data, tiny_folder, phases=[first, more]))
     assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "run"))
@@ -173,7 +178,8 @@ def test_appending_is_accepted_and_what_would_change_the_past_is_not(
 
 @pytest.mark.parametrize("kind", ["sequential", "cumulative", "replay"])
 def test_each_phase_is_measured_on_every_slice(kind: str, data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    strategy = {"kind": kind, "ends": [16, 32, 48], "replay_ratio": 0.25, "probe_rows": 10}
+    strategy = {"kind": kind, "ends": [16, 32, 48], "probe_rows": 10}
+    strategy |= {"replay_ratio": 0.25} if kind == "replay" else {}
     _, printed = trained(run_of(tmp_path / "run", data, tiny_folder, strategy=strategy))
     found = json.loads((tmp_path / "run" / "forgetting.json").read_text())
     assert [part["rows"] for part in found["slices"]] == [16, 16, 16]

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import made_tensors
 import pytest
 import torch
 from made_tensors import latest, tensors
@@ -18,7 +19,7 @@ from veritune.training import checkpoint, replica
 def save(local: Path, drive: Path, *steps: int, keep: int = 2) -> list[str]:
     warned = []
     for step in steps:
-        checkpoint.save(local, step, tensors(step), {"step": step}, keep=keep, replica=drive, warn=warned.append)
+        made_tensors.save(local, step, tensors(step), {"step": step}, keep=keep, replica=drive, warn=warned.append)
     return warned
 
 
@@ -33,28 +34,10 @@ def test_a_new_machine_resumes_from_the_replica_alone(tmp_path, drive):
     assert save(tmp_path / "run", drive, 1, 2, 3) == []
     assert sorted(os.listdir(drive)) == ["step-00000002", "step-00000003"]
     shutil.rmtree(tmp_path / "run")
-    saved = checkpoint.load_latest(tmp_path / "elsewhere", replica=drive)
+    saved = checkpoint.load_latest(drive)
     assert saved is not None
     assert (saved.step, saved.path) == (3, drive / "step-00000003")
     assert torch.equal(saved.tensors["adapter"]["a"], tensors(3)["adapter"]["a"])
-
-
-def test_the_newest_of_both_places_is_taken_and_the_local_one_of_equals(tmp_path, drive):
-    save(tmp_path / "run", drive, 1, 2)
-    assert checkpoint.load_latest(tmp_path / "run", replica=drive).path.parent == tmp_path / "run"
-    shutil.rmtree(tmp_path / "run" / "step-00000002")
-    assert checkpoint.load_latest(tmp_path / "run", replica=drive).path.parent == drive
-    checkpoint.save(tmp_path / "run", 3, tensors(3), {})
-    assert checkpoint.load_latest(tmp_path / "run", replica=drive).step == 3
-
-
-def test_a_damaged_local_checkpoint_is_taken_from_the_replica(tmp_path, drive):
-    save(tmp_path / "run", drive, 1, 2)
-    (tmp_path / "run" / "step-00000002" / "state.json").write_text("{}")
-    warned = []
-    saved = checkpoint.load_latest(tmp_path / "run", replica=drive, warn=warned.append)
-    assert saved.path == drive / "step-00000002"
-    assert len(warned) == 1
 
 
 def test_shuffled_file_times_and_files_not_visible_yet(tmp_path, drive):
@@ -76,17 +59,15 @@ def test_shuffled_file_times_and_files_not_visible_yet(tmp_path, drive):
                 os.utime(path, (age, age))
             warned = []
             assert latest(seen, warned).step == 1
-            saved = checkpoint.load_latest(tmp_path / "none", replica=seen, warn=warned.append)
-            assert saved.step == 1
-            assert len(warned) == 2
-            assert "step-00000002" in warned[1]
+            assert len(warned) == 1
+            assert "step-00000002" in warned[0]
 
 
 def test_a_replica_with_nothing_whole_does_not_start_over_in_silence(tmp_path, drive):
     save(tmp_path / "run", drive, 1)
     (drive / "step-00000001" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="not all of it is visible yet"):
-        checkpoint.load_latest(tmp_path / "none", replica=drive, warn=lambda text: None)
+        checkpoint.load_latest(drive, warn=lambda text: None)
 
 
 def test_nothing_is_renamed_on_the_drive(tmp_path, drive, monkeypatch):
@@ -115,19 +96,19 @@ def test_the_mark_comes_after_every_file_was_written(tmp_path, drive, monkeypatc
 
 def test_a_step_saved_again_does_not_touch_the_copy_before_the_new_one_is_whole(tmp_path, drive, monkeypatch):
     save(tmp_path / "run", drive, 1, keep=1)
-    assert replica.copy(tmp_path / "run" / "step-00000001", drive, keep=1, warn=pytest.fail), "already there"
+    assert made_tensors.copied(tmp_path / "run" / "step-00000001", drive, keep=1, warn=pytest.fail), "already there"
     assert os.listdir(drive) == ["step-00000001"]
     real, seen = replica.write_file, []
 
     def write_file(path, parts):
-        seen.append(checkpoint.load_latest(tmp_path / "none", replica=drive, warn=lambda text: None).state)
+        seen.append(checkpoint.load_latest(drive, warn=lambda text: None).state)
         return real(path, parts)
 
     monkeypatch.setattr(replica, "write_file", write_file)
-    checkpoint.save(tmp_path / "run", 1, tensors(9), {"again": 1}, keep=1, replica=drive, warn=pytest.fail)
+    made_tensors.save(tmp_path / "run", 1, tensors(9), {"again": 1}, keep=1, replica=drive, warn=pytest.fail)
     assert seen == [{"step": 1}] * 3
     assert os.listdir(drive) == ["step-00000001.1"]
-    assert checkpoint.load_latest(tmp_path / "none", replica=drive).state == {"again": 1}
+    assert checkpoint.load_latest(drive).state == {"again": 1}
     save(tmp_path / "run", drive, 2, keep=1)
     assert os.listdir(drive) == ["step-00000002"]
 
@@ -139,12 +120,10 @@ def test_a_drive_that_vanished_is_a_warning_and_its_mount_point_is_not_filled(tm
     assert len(warned) == 1
     assert "is not there; mount the drive again" in warned[0]
     assert not drive.parent.exists()
-    assert checkpoint.steps(tmp_path / "run") == [1, 2]
-    assert checkpoint.load_latest(tmp_path / "run", replica=drive, warn=warned.append).step == 2
-    assert "is the drive mounted?" in warned[1]
+    assert made_tensors.steps(tmp_path / "run") == [1, 2]
     drive.parent.mkdir()
     assert save(tmp_path / "run", drive, 3) == []
-    assert checkpoint.load_latest(tmp_path / "none", replica=drive).step == 3
+    assert checkpoint.load_latest(drive).step == 3
 
 
 def test_a_drive_that_vanishes_during_the_copy(tmp_path, drive, monkeypatch):
@@ -181,10 +160,10 @@ def test_a_drive_that_shows_files_late_is_given_time(tmp_path, drive, monkeypatc
 
 def test_a_local_checkpoint_that_rotted_is_not_copied_over_a_whole_one(tmp_path, drive):
     save(tmp_path / "run", drive, 1)
-    path = checkpoint.save(tmp_path / "run", 2, tensors(2), {})
+    path = made_tensors.save(tmp_path / "run", 2, tensors(2), {})
     (path / "state.json").write_bytes(b"[]")
     warned = []
-    assert not replica.copy(path, drive, keep=1, warn=warned.append)
+    assert not made_tensors.copied(path, drive, keep=1, warn=warned.append)
     assert "state.json is damaged in the local checkpoint" in warned[0]
     assert os.listdir(drive) == ["step-00000001"]
 
@@ -211,7 +190,7 @@ def test_a_slow_drive_delays_neither_training_nor_the_next_save(tmp_path, drive,
         saver.save(step, tensors(step), {"step": step})
     saver.wait()
     assert time.perf_counter() - begin < 1.5, "a copy takes at least 1.5 s"
-    assert checkpoint.steps(tmp_path / "run") == [5]
+    assert made_tensors.steps(tmp_path / "run") == [5]
     saver.close()
     assert warned == []
     assert os.listdir(drive) == ["step-00000005"]

@@ -16,7 +16,8 @@ def average_forgetting(a: Matrix, brought: Brought) -> float | None:
     """How far accuracy has fallen from its best: the mean over the slices learnt before the last phase of
     max_l a[l][j] - a[last][j], l from the phase that brought j to the one before the last (Chaudhry et al. 2018,
     section 3). Negative where it rose. None with no slice before the last phase."""
-    falls = [max(row[j] for row in a[first:-1]) - a[-1][j] for j, first in _learnt(a, brought)]
+    best = {j: max(row[j] for row in a[first:-1] if row[j] is not None) for j, first in _learnt(a, brought)}
+    falls = [highest - a[-1][j] for j, highest in best.items()]
     return sum(falls) / len(falls) if falls else None
 
 
@@ -28,17 +29,21 @@ def backward_transfer(a: Matrix, brought: Brought) -> float | None:
 
 
 def _learnt(a: Matrix, brought: Brought) -> list[tuple[int, int]]:
-    """The slices that a phase before the last brought and that have a probe, each with the first such phase."""
+    """The slices that a phase before the last brought and that were measured then, each with the first such phase."""
     first: dict[int, int] = {}
     for phase, j in enumerate(brought[:-1]):
         if j is not None:
             first.setdefault(j, phase)
-    return sorted((j, phase) for j, phase in first.items() if a[-1][j] is not None)
+    return sorted((j, phase) for j, phase in first.items() if None not in (a[phase][j], a[-1][j]))
 
 
-def _padded(row: list[float], columns: int) -> list[float | None]:
-    """A row of a phase from before slices were appended, None for those."""
-    return [*row, *[None] * (columns - len(row))]
+def _comparable(probes: dict[str, Any], probe: str, figure: str, now: list[int]) -> list[float | None]:
+    """A phase's row of a matrix: None for slices that came later, and for those whose probe had another number of rows
+    than it has now."""
+    row = probes[probe][figure]
+    rows = probes.get("rows", {}).get(probe, now)  # which was not written down before probes could change
+    same = [value if own == last else None for value, own, last in zip(row, rows, now, strict=False)]
+    return [*same, *[None] * (len(now) - len(same))]
 
 
 PROBES = ("trained", "held_out")
@@ -63,8 +68,12 @@ def report(slices: list[dict[str, Any]], entries: list[dict[str, Any]]) -> dict[
         ],
     }
     for figure in ("accuracy", "auroc"):
-        measured = {probe: [entry["probes"][probe][figure] for entry in main] for probe in PROBES}
-        out[figure] = {probe: [_padded(row, len(slices)) for row in rows] for probe, rows in measured.items()}
+        out[figure] = {
+            probe: [
+                _comparable(entry["probes"], probe, figure, [it[f"{probe}_rows"] for it in slices]) for entry in main
+            ]
+            for probe in PROBES
+        }
     for summary in (average_forgetting, backward_transfer):
         out[summary.__name__] = {probe: summary(out["accuracy"][probe], brought) for probe in PROBES}
     return out

@@ -39,8 +39,8 @@ class Foreseen:
 def foresee(run: config.Run, source: Source, gpu: str | None, gib: float | None) -> Foreseen | None:
     """On the named card, or the one in this machine; None if there is neither.
 
-    gib: memory to plan for, GiB, instead of the card's. Raises ConfigError for a card that is not known, ModelError for
-    a model whose memory is not foreseen, MissingError.
+    gib: memory to plan for, GiB, instead of the card's. Raises ConfigError for a card that is not known or without FP8
+    products that the run is to use, ModelError for a model whose memory is not foreseen, MissingError.
     """
     name, card, room = _card(run, gpu, gib)
     if card is None or room is None:
@@ -48,6 +48,8 @@ def foresee(run: config.Run, source: Source, gpu: str | None, gib: float | None)
     precision = run.model.base
     if precision == "auto":
         precision = "fp32" if card is CARDS["t4"] else "bf16"
+    if precision == "fp8" and not card.fp8:
+        raise ConfigError(f"model.base = 'fp8': {name} has no FP8 products; use 'bf16', or 'nf4' to save memory")
     of = shape.read(run.model.path)
     job = Job(precision, run.lora.rank, run.lora.targets, run.train.optimizer, run.train.compile)
     plan = source.plan

@@ -61,7 +61,7 @@ def show_plan(run: Planned, source: "Source", console: Console, rows_per_second:
     """Prints phases, learning rate, and time, sessions and cost where a speed is known."""
     plan, slices = source.plan, source.slices
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("phase", "rows", "shown", "steps", "highest lr", "optimiser", "weights", "time"):
+    for name in ("phase", "rows", "shown", "steps", "highest lr", "optimiser", "weights", "training"):
         table.add_column(
             name, justify="left" if name in ("phase", "optimiser", "weights") else "right", no_wrap=name != "phase"
         )
@@ -83,7 +83,7 @@ def show_plan(run: Planned, source: "Source", console: Console, rows_per_second:
     for line in curve(rates, min(WIDTH, console.width - 1), HEIGHT):
         console.out(line, highlight=False)
     if slices:
-        console.print(f"\n{len(slices)} slices:", highlight=False)
+        console.print(f"\n{len(slices)} slice{'s' if len(slices) > 1 else ''}:", highlight=False)
     for number, part in enumerate(slices, 1):
         rows, share = part.rows, source.train.labels[part.rows].mean()
         console.out(
@@ -91,6 +91,9 @@ def show_plan(run: Planned, source: "Source", console: Console, rows_per_second:
             f"trained on and {len(source.validation.labels if part.held_out is None else part.held_out):,} held out",
             highlight=False,
         )
+    ends, have = run.strategy.ends or (), len(source.train.labels)
+    if beyond := sum(end > have for end in ends):
+        console.out(f"  {beyond} of {len(ends)} strategy.ends lie beyond the {have:,} rows: cut off", highlight=False)
     shown, scored = plan.presentations, _scored(run, source)
     times = shown / len(source.train.labels)
     console.out(
@@ -131,5 +134,5 @@ def _scored(run: config.Run, source: "Source") -> int:
     probes = 0
     if run.strategy.probe_rows:
         each = sum(len(it.trained) + (0 if it.held_out is None else len(it.held_out)) for it in source.slices)
-        probes = each * len(plan.phases)
+        probes = each * sum(phase.kind != "part" for phase in plan.phases)
     return len(at) * len(source.validation.labels) + probes

@@ -28,9 +28,10 @@ def head(run: RunFolder) -> Section:
     tiles = []
     if best:
         for key, name in (("accuracy", "accuracy"), ("auroc", "AUROC")):
-            tiles.append((name, number(best[key]), between(best.get(f"{key}_interval"))))
+            tiles.append((name, number(best.get(key)), between(best.get(f"{key}_interval"))))
         tiles.append(("validation loss", number(best["loss"]), f"best, after step {best['step']:,}"))
-        tiles.append(("validation", f"{best['rows']:,} rows", f"of {best['questions']:,} questions"))
+        if "rows" in best and "questions" in best:
+            tiles.append(("validation", f"{best['rows']:,} rows", f"of {best['questions']:,} questions"))
     of = f" of {run.steps:,}" if run.steps else ""
     tiles.append(("steps", f"{run.metrics.done:,}{of}", state))
     tiles.append(("time", duration(hours(run) * 3600), device(run)))
@@ -55,7 +56,7 @@ def what(run: RunFolder, data: Path | None) -> Section:
         ("a step", f"{train['batch_size'] * train['gradient_accumulation']} rows, "
          f"{train['per_question']} of a question"),
         ("answers", " / ".join(s["prompt"]["answers"])),
-        ("data", str(s["data"]["path"])),
+        ("data", f"{s['data']['path']}" + (f", its first {s['data']['rows']:,} rows" if s["data"].get("rows") else "")),
         ("fingerprint", str(run.about["resolved"].get("fingerprint", ""))),
         ("veritune", str(run.about.get("veritune", ""))),
     ]  # fmt: skip
@@ -150,7 +151,7 @@ def validation(run: RunFolder) -> Section:
     rows = [
         (
             f"{e['step']:,}" + (" (best)" if e is best else ""),
-            *(f"{number(e[key])}  {between(e.get(key + '_interval'))}" for key in ("accuracy", "auroc")),
+            *(f"{number(e.get(key))}  {between(e.get(key + '_interval'))}" for key in ("accuracy", "auroc")),
             *(number(e.get(key)) for key in ("loss", "balanced_accuracy", "f1", "brier", "log_loss")),
         )
         for e in entries

@@ -51,20 +51,20 @@ def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    places = 2 - math.floor(math.log10(step))
+    return [round(i * step, places) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def label(value: float) -> str:
-    """A tick's text: `0.25`, `1,500`, `20k`, `1e-4`."""
+    """A tick's text: `0.25`, `1,500`, `20k`, `1.5e-4`; as many digits as it takes to tell it from its neighbours."""
     size = abs(value)
-    if size >= 1e15:
-        return f"{value:.0e}"
+    if size >= 1e15 or 0 < size < 0.001:
+        digits, power = f"{value:.11e}".split("e")
+        return f"{float(digits):.12g}e{int(power)}"
     if size >= 10_000:
         unit, letter = next((u, x) for u, x in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= u)
-        return f"{value / unit:g}{letter}"
-    if 0 < size < 0.001:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:,g}" if size >= 1000 else f"{value:g}"
+        return f"{value / unit:.12g}{letter}"
+    return f"{value:,.12g}" if size >= 1000 else f"{value:.12g}"
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:

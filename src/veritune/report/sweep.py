@@ -1,6 +1,5 @@
 """The sections of a report on a sweep: what was searched, what was found, what mattered, what it cost."""
 
-import json
 import math
 import shlex
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from . import spaces, svg
+from ..starter import toml
+from . import run, spaces, svg
 from .blocks import Chart, Code, Section, Table, Text, Tiles
 from .svg import Series, plot
 from .trials import ENDED, Axis, Sweep, axis, by_choice, edge, importance, is_measured, is_number, surface
@@ -293,7 +293,7 @@ def cost(sweep: Sweep, price: float | None) -> Section:
 
 
 def again(sweep: Sweep) -> Section:
-    """The best run file, and what to do with it."""
+    """The best run file, what to do with it, and the run file that led to it."""
     blocks: list[Any] = [
         Code("veritune sweep run.toml\n" + shlex.join(["veritune", "train", str(sweep.path / "best.toml")]), "Commands")
     ]
@@ -301,5 +301,13 @@ def again(sweep: Sweep) -> Section:
         blocks.append(Code((sweep.path / "best.toml").read_text(encoding="utf-8"), "best.toml"))
     except (OSError, ValueError):
         blocks.append(Text("No trial is complete yet, so there is no best.toml."))
-    blocks.append(Code(json.dumps(sweep.results.get("sweep", {}), indent=1), details="The sweep's settings"))
+    blocks.append(Code(run_file(sweep), "run.toml"))
     return Section("again", "How to go on", blocks)
+
+
+def run_file(sweep: Sweep) -> str:
+    """The run file that the sweep was made from; where its storage was is written nowhere."""
+    settings = sweep.results.get("sweep", {}) | {"storage": None}
+    text = run.run_file({**sweep.results.get("run", {}), "sweep": settings})
+    space = [f"{key} = {toml(spec)}" for key, spec in sweep.space.items()]
+    return "\n".join([text, "[sweep.space]", *space])

@@ -1,6 +1,7 @@
 """`veritune runs`: the runs under a folder, a line each."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,24 +13,27 @@ from . import folder
 from .words import duration, number
 
 COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "yellow", "stopped": "yellow"}
+WIDE = 110  # columns of a terminal that hold all figures beside a name
 
 
 def show_runs(root: Path, console: Console) -> None:
-    """Prints state, phase, step, loss, best and time left of every run under `root`. Raises MissingError."""
+    """Prints state, phase, step, loss, best and time left of every run under `root`; on a narrow terminal, of the best
+    validation the loss alone. Raises MissingError."""
     paths = folder.find(root)
     if not paths:
         console.print(f"no runs under {root}", highlight=False, markup=False, soft_wrap=True)
         return
+    figures = ("loss", "auroc", "accuracy") if console.width >= WIDE else ("loss",)
+    named = [str(path.relative_to(root)) if path != root else path.name for path in paths]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold")
+    table.add_column("run", overflow="fold", min_width=min(max(map(len, named)), 18))
     table.add_column("state", no_wrap=True)
     table.add_column("phase")
-    for name in ("step", "loss", "best: loss", "AUROC", "accuracy"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for heading in ("step", "loss", "best: loss", "AUROC", "accuracy")[: 2 + len(figures)]:
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("time", no_wrap=True)
     reasons = []
-    for path in paths:
-        name = str(path.relative_to(root)) if path != root else path.name
+    for name, path in zip(named, paths, strict=True):
         try:
             run = folder.read(path)
         except VerituneError as error:
@@ -43,7 +47,7 @@ def show_runs(root: Path, console: Console) -> None:
             escape(run.phase()),
             f"{run.metrics.done:,}" + (f"/{run.steps:,}" if run.steps else ""),
             loss(run),
-            *best(run),
+            *best(run, figures),
             when(run, state),
         )
         if state == "failed":
@@ -59,10 +63,10 @@ def loss(run: folder.RunFolder) -> str:
     return f"{recent[-1]:.3f}" if recent else "-"
 
 
-def best(run: folder.RunFolder) -> list[str]:
-    """Loss, AUROC and accuracy of the best validation."""
-    entry = run.metrics.best
-    return [number(entry[key]) for key in ("loss", "auroc", "accuracy")] if entry else ["-"] * 3
+def best(run: folder.RunFolder, figures: Sequence[str]) -> list[str]:
+    """Figures of the best validation."""
+    entry = run.metrics.best or {}
+    return [number(entry.get(key)) for key in figures]
 
 
 def when(run: folder.RunFolder, state: str) -> str:

@@ -81,8 +81,8 @@ def line(run: folder.RunFolder, state: str) -> str:
 def validation_line(entry: dict[str, Any]) -> str:
     """The figures of a validation, in a line."""
     interval = between(entry.get("accuracy_interval"))
-    accuracy = number(entry["accuracy"]) + (f" ({interval})" if interval else "")
-    return f"accuracy {accuracy}  AUROC {number(entry['auroc'])}  loss {number(entry.get('loss'))}"
+    accuracy = number(entry.get("accuracy")) + (f" ({interval})" if interval else "")
+    return f"accuracy {accuracy}  AUROC {number(entry.get('auroc'))}  loss {number(entry.get('loss'))}"
 
 
 def picture(run: folder.RunFolder, width: int, height: int) -> Group:

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class Board:
     me: str = field(default_factory=lambda: uuid.uuid4().hex)
     seen: dict[int, tuple[str, int, float]] = field(default_factory=dict)
     """Of trials on other machines: the worker, its last sign of life, and when that was first seen here."""
-    mutex: threading.RLock = field(default_factory=threading.RLock)
+    mutex: threading.Lock = field(default_factory=threading.Lock)
     life: Any = None
 
     def take(self) -> Taken | bool:
@@ -209,7 +210,7 @@ class Board:
                 with self.storage.engine.begin() as connection:
                     # A machine that vanishes while it holds the lock must not keep it.
                     connection.execute(sqlalchemy.text("SET LOCAL idle_in_transaction_session_timeout = '60s'"))
-                    key = int.from_bytes(self.study.study_name.encode()[-7:], "big")
+                    key = zlib.crc32(self.study.study_name.encode())
                     connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
                     yield
 

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from .. import config
 from ..errors import ConfigError, PeerError, first_line
-from ..flags import needs_run_file, out_of, parse
+from ..flags import given, needs_run_file, out_of, parse
 from ..redact import redact
+from .space import read
 
 
 @dataclass(frozen=True, kw_only=True, config=config.STRICT)
@@ -38,6 +39,12 @@ def sweep(args: Sequence[str], console: Console) -> None:
         "as a run file. The same command again goes on with it.",
     )
     run = config.Run(**{item.name: getattr(chosen, item.name) for item in fields(config.Run)})
+    for axis in read(space, run, str(file)):
+        if axis.key in given(flags):
+            raise ConfigError(
+                f"--{axis.key.replace('_', '-')}: {axis.key} is searched, so the flag would change nothing; take the "
+                f"flag away, or declare a [sweep.space] without {axis.key}"
+            )
     try:
         from .search import sweep as search
     except ImportError as error:

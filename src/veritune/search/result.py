@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, config
@@ -84,10 +85,10 @@ def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> 
 
 def tell(trial: dict[str, Any], best: dict[str, Any] | None, console: Console) -> None:
     """One line for a trial that ended."""
-    figures = f", loss {trial['loss']:.4f}, AUROC {shown(trial['auroc'])}" if trial["curve"] else ""
+    figures = f", loss {figure(trial['loss'])}, AUROC {figure(trial['auroc'])}" if trial["curve"] else ""
     done = f", {trial['steps_done']}/{trial['steps']} steps in {trial['seconds']:.1f} s" if trial["steps"] else ""
     mark = "; the best so far" if best and best["trial"] == trial["trial"] else ""
-    why = f": {trial['error']}" if trial["state"] == "failed" else ""
+    why = f": {trial['error']}" if trial["error"] else ""
     text = f"trial {trial['trial']}: {trial['state']}{figures}{done}{mark}{why}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -96,18 +97,19 @@ def show(board: Board, trials: list[dict[str, Any]], console: Console) -> None:
     """The best trials as a table, and what became of all."""
     ranked = sorted((t for t in trials if t["state"] == "complete"), key=lambda trial: trial["loss"])
     table = Table(box=None, padding=(0, 2, 0, 0))
-    keys = [axis.key for axis in board.axes]
-    for heading in ("trial", "loss", "AUROC", "accuracy", "s", *(key.rpartition(".")[2] for key in keys)):
-        table.add_column(heading)
+    for heading in ("trial", "loss", "AUROC", "accuracy", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("settings")
     for trial in ranked[:SHOWN]:
+        settings = (f"{axis.key.rpartition('.')[2]} {shown(trial['params'].get(axis.key))}" for axis in board.axes)
         table.add_row(
             str(trial["trial"]),
-            *(shown(trial[key]) for key in ("loss", "auroc", "accuracy")),
+            *(figure(trial[key]) for key in ("loss", "auroc", "accuracy")),
             f"{trial['seconds']:.0f}",
-            *(shown(trial["params"].get(key)) for key in keys),
+            escape(", ".join(settings)),
         )
     if ranked:
-        console.print(table, markup=False)
+        console.print(table, highlight=False)
     counts = Counter(trial["state"] for trial in trials)
     total = sum(trial["seconds"] or 0 for trial in trials)
     console.print(
@@ -115,6 +117,11 @@ def show(board: Board, trials: list[dict[str, Any]], console: Console) -> None:
         + ", ".join(f"{count} {state}" for state, count in counts.most_common()),
         highlight=False,
     )
+
+
+def figure(value: float | None) -> str:
+    """A figure of a validation."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def shown(value: Any) -> str:

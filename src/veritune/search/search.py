@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 from .. import config
 from ..data import dataset
 from ..errors import ConfigError, DataError, VerituneError
-from ..model import load
+from ..model import adapter, load
 from . import result, space
 from .board import Board, open_board
 from .trial import Desk, NoMemory, lives_with, run_trial
@@ -42,9 +42,9 @@ def sweep(
 ) -> dict[str, Any] | None:
     """Searches around a run's settings, or goes on with that, and returns the best trial's line of trials.jsonl.
 
-    declared: the content of `[sweep.space]`. worker: join a sweep that is there, and leave its results to whoever
-    started it. Raises the kinds in `errors` before anything starts if something cannot be right, and KeyboardInterrupt
-    once a signal or `session.hours` has ended it.
+    declared: the content of `[sweep.space]`. worker: join a sweep that is there; whoever started it shows what came of
+    it. Raises the kinds in `errors` before anything starts if something cannot be right, ConfigError if all
+    trials have failed, and KeyboardInterrupt once a signal or `session.hours` has ended it.
     """
     axes = space.read(declared, run, where)
     data = dataset.load(Path(run.data.path))
@@ -54,23 +54,34 @@ def sweep(
     folder = Path(settings.out or f"{run.out.rstrip('/')}-sweep")
     shared = {axis.key: axis.as_json() for axis in axes}
     same = result.agreed(run, settings, shared, data.fingerprint, rows)
+    text = f"{folder}: {settings.trials:,} trials of {rows:,} rows each; searched: {', '.join(shared)}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    desk = Desk()
+    if settings.at_once == 1 and not folder.exists():  # with several workers each loads a model, and this process none
+        check(desk.loaded(run.model), run, shared)
     board = open_board(settings, axes, folder, same, join=worker)
     try:
         progress = Progress(board, run, rows, console)
+        result.write(board, run, rows)
         if settings.at_once == 1:
             with stoppable():
-                work(board, run, rows, Desk(), lambda: None, progress.look, alone=True)
+                work(board, run, rows, desk, lambda: None, progress.look, alone=True)
         else:
             many(board, run, rows, same, progress)
-        trials = result.lines(board) if worker else result.write(board, run, rows)
+        trials = result.write(board, run, rows)
         best = result.best_of(trials)
         if not worker:
             result.show(board, trials, console)
     except KeyboardInterrupt:
+        result.write(board, run, rows)
         console.print("stopped: trials under way are saved and given back; the same command goes on", highlight=False)
         raise
     finally:
         board.close()
+    if trials and all(trial["state"] == "failed" for trial in trials):
+        raise ConfigError(
+            f"all {len(trials)} trials have failed; mend this and choose another sweep.out: {trials[0]['error']}"
+        )
     said = (
         f"next: veritune train {folder / 'best.toml'}" if best else "no trial was completed, so there is no best.toml"
     )
@@ -79,28 +90,51 @@ def sweep(
     return best
 
 
+def check(base: load.Base, run: config.Run, searched: Container[str]) -> None:
+    """Raises ConfigError for what every trial would fail with, since no trial has another value."""
+    if "prompt.max_length" not in searched:
+        load.check_length(base, run.prompt.max_length)
+    if "lora.targets" not in searched:
+        adapter.add_adapter(base, run.lora, seed=0)
+        adapter.remove(base)
+
+
 class Progress:
     """Tells of trials as they end, and keeps the sweep's files up to date."""
 
     def __init__(self, board: Board, run: config.Run, rows: int, console: Console) -> None:
         self._board, self._run, self._rows, self.console = board, run, rows, console
         self._told = {trial.number for trial in board.trials() if trial.state.is_finished()}
+        self._warned: set[str] = set()
         if self._told:
             console.print(f"going on after {len(self._told)} of {board.settings.trials} trials", highlight=False)
 
     def look(self) -> None:
         """Call now and then. Raises ConfigError if the first trials have all failed alike."""
-        ended = {trial.number for trial in self._board.trials() if trial.state.is_finished()}
+        known = self._board.trials()
+        ended = {trial.number for trial in known if trial.state.is_finished()}
         if not ended - self._told:
             return
         trials = result.write(self._board, self._run, self._rows)
         for number in sorted(ended - self._told):
             result.tell(trials[number], result.best_of(trials), self.console)
+            self.warn(known[number].user_attrs.get("info", {}).get("trackers", {}))
         self._told = ended
         finished = [trials[number] for number in ended]
         errors = {trial["error"] for trial in finished if trial["state"] == "failed"}
         if len(finished) >= SAME_FAILURE and len(errors) == 1 and all(t["state"] == "failed" for t in finished):
-            raise ConfigError(f"the first {len(finished)} trials have all failed: {errors.pop()}")
+            count = len(finished)
+            raise ConfigError(
+                f"the first {count} trials have all failed; mend this and choose another sweep.out: {errors.pop()}"
+            )
+
+    def warn(self, trackers: dict[str, str]) -> None:
+        """Says once of each tracker that it failed a trial; each trial's log does too."""
+        for name in trackers.keys() - self._warned:
+            place = f"{self._board.folder}/trials"
+            text = f"{name} {trackers[name]} and may lack trials, now and later; all are whole in {place}"
+            self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._warned |= trackers.keys()
 
 
 def work(

@@ -9,23 +9,18 @@ Everything is checked before anything starts: each end of a range and each choic
 must take it.
 """
 
-import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .. import config
 from ..errors import ConfigError
+from ..suggest import did_you_mean, nearest
+from ..sweepkeys import FIXED, KINDS
 
 Value = Any
-KINDS = ("range", "log", "choice")
-# What trials must agree in, to be compared and to share one loaded model; what a trial, which is one plain phase, does
-# not use; and what has no part in the result.
-FIXED = ("out", "phases", "data.", "model.", "strategy.", "validation.", "checkpoint.", "session.", "track.",
-         "train.start_from", "train.compile", "train.cuda_graphs", "train.micro_batch_tokens",
-         "train.gradient_checkpointing", "train.memory_gib", "train.non_finite", "train.deterministic")  # fmt: skip
 # The search of the competition entry that veritune grew out of.
 DEFAULT: dict[str, dict[str, list[Value]]] = {
     "train.lr": {"log": [1e-6, 5e-1]},
@@ -60,13 +55,16 @@ def read(declared: Mapping[str, Any], run: config.Run, where: str) -> list[Axis]
     Raises ConfigError that names each key that is not a setting, cannot be searched, or has values that the setting
     does not take.
     """
-    leaves = _leaves(declared) if declared else DEFAULT
-    known = [key for key in config.keys(config.Run) if not key.startswith(FIXED)]
+    settings = config.keys(config.Run)
+    leaves = _leaves(declared, settings) if declared else DEFAULT
+    known = [key for key in settings if not key.startswith(FIXED)]
     problems: list[str] = []
     axes = []
     for key, spec in sorted(leaves.items()):
         if key not in known:
-            problems.append(_unknown(key, known))
+            shared = f"{key} cannot be searched: all trials share it"
+            unknown = f"unknown setting {key!r}{did_you_mean(nearest(key, known))}"
+            problems.append(shared if key in settings else unknown)
             continue
         try:
             axes.append(_axis(key, spec, run))
@@ -91,14 +89,15 @@ def apply(run: config.Run, params: Mapping[str, Value]) -> config.Run:
     return config.build(config.Run, values, "sweep")
 
 
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a table, quoted or nested in the file, down to what can only be a specification."""
+def _leaves(table: Mapping[str, Any], settings: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a table, quoted or nested in the file, down to a setting or what can only be a specification."""
     out: dict[str, Any] = {}
     for name, value in table.items():
-        if isinstance(value, dict) and value and not set(value) & set(KINDS):
-            out |= _leaves(value, f"{prefix}{name}.")
+        key = prefix + name
+        if isinstance(value, dict) and value and key not in settings and not set(value) & set(KINDS):
+            out |= _leaves(value, settings, f"{key}.")
         else:
-            out[prefix + name] = value
+            out[key] = value
     return out
 
 
@@ -140,11 +139,3 @@ def _refused(run: config.Run, params: Mapping[str, Value]) -> str | None:
     except ConfigError as error:
         return str(error).removeprefix("sweep: ")
     return None
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    if key in config.keys(config.Run):
-        return f"{key} cannot be searched: all trials share it"
-    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

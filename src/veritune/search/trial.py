@@ -17,6 +17,7 @@ from rich.console import Console
 from .. import config
 from ..errors import ConfigError, DataError, ModelError, NonFiniteError, RoomError, first_line
 from ..model import load
+from ..trackers import follow
 from ..training import status
 from ..training.trainer import train
 from .board import Board, Lost, State, Taken
@@ -27,11 +28,11 @@ OVER = 1.1  # times the start's loss
 FEWEST = 5  # steps that tell a divergence from a bad batch
 
 
-class Pruned(Exception):
+class Pruned(follow.Ended):
     """Other trials are better."""
 
 
-class Diverged(Exception):
+class Diverged(follow.Ended):
     """The loss grows instead of falling."""
 
 
@@ -139,9 +140,11 @@ def settings_of(run: config.Run, settings: config.Sweep, params: dict[str, Any],
     steps = -(-shown // (chosen["batch_size"] * chosen["gradient_accumulation"]))
     values["phases"], values["strategy"] = (), config.as_dict(config.Strategy())  # a trial is one plain phase
     values["checkpoint"]["replica"] = None  # it is of the run, not of every trial
+    chosen["non_finite"] = "skip"  # whoever watches ends it there: a trial that diverges has not failed
     values["out"], values["data"]["rows"] = str(out), rows
     values["validation"]["every"] = -(-steps // settings.validations)
     values["track"]["group"] = values["track"]["group"] or out.parent.parent.name
+    values["track"]["name"] = run.track.name and f"{run.track.name}-{out.name}"  # or the folder's alone
     return config.build(config.Run, values, "sweep")
 
 
@@ -166,6 +169,7 @@ def run_trial(
         try:
             base = desk.loaded(run.model)
             state, reason = outcome(board, taken, run, rows, base, watcher, folder, Console(file=log, width=120))
+            taken.info["trackers"] = dict(follow.failures)
             board.finish(taken, state, reason)
         except Lost as error:
             log.write(f"{error}\n")

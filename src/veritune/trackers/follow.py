@@ -23,6 +23,12 @@ from ..redact import redact
 DEADLINE = 60.0
 STOPPED = 10.0  # the same after a signal, or at the session's limit: the run has 30 s in all
 FOLDER = "trackers"
+failures: dict[str, str] = {}
+"""Trackers that failed a run of this process, and how: for its later runs, such as trials, they have STOPPED."""
+
+
+class Ended(Exception):
+    """Who watches a run has ended it early: a result, not a failure."""
 
 
 def check(track: config.Track) -> None:
@@ -68,12 +74,15 @@ def _one(name: str, run: config.Run, folder: Path, warn: Callable[[str], None]) 
     told = threading.Thread(target=_pass_on, args=(process.stdout, name, warn), daemon=True)
     told.start()
     _write(process, json.dumps(spec) + "\n")
-    done, deadline = "", DEADLINE
+    done, deadline = "", STOPPED if name in failures else DEADLINE
     try:
         yield
         done = "done"
     except KeyboardInterrupt:
         done, deadline = "done", STOPPED  # stopped by a signal is no failure
+        raise
+    except Ended:
+        done = "done"
         raise
     finally:
         _write(process, done, close=True)
@@ -87,6 +96,7 @@ def _one(name: str, run: config.Run, folder: Path, warn: Callable[[str], None]) 
         told.join(1)
         if code != 0:
             why = f"had not finished after {deadline:g} s" if code is None else "failed"
+            failures[name] = why
             warn(f"{name}: {why}; the run is whole in {folder}/metrics.jsonl, and the same command sends the rest")
 
 

@@ -10,6 +10,7 @@ import netrc
 import os
 import time
 import urllib.parse
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +111,21 @@ def _wandb_account() -> bool:
 
 
 class Trackio:
-    """Trackio: a SQLite file in TRACKIO_DIR, or the server that its own variables name."""
+    """Trackio: a SQLite file in TRACKIO_DIR, or the server that its own variables name.
+
+    What it could not write it drops with a Python warning, so its warnings are errors here.
+    """
 
     def __init__(self, spec: Spec) -> None:
         import trackio
 
         self.note: str | None = None
+        self._lost: list[str] = []
+        own = str(Path(trackio.__file__).parent)
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, kind, file, *rest: (
+            self._lost.append(str(message)) if kind is UserWarning and file.startswith(own) else None
+        )
         self._markdown, self._image = trackio.Markdown, trackio.Image
         self._run = trackio.init(
             project=spec.project,
@@ -137,10 +147,20 @@ class Trackio:
     def picture(self, step: int, name: str, image: Any) -> None:
         self._run.log({name: self._image(image)}, step=step)
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Writes what is queued. Raises OSError if some of it could not be written."""
+        if self._run._is_local:  # a server gets it from trackio's own thread, which keeps what it cannot send
+            with self._run._client_lock:
+                self._run._flush_queues_inline()
+            self._check()
 
     def close(self, *, failed: bool) -> None:
         self._run.finish()
+        self._check()
+
+    def _check(self) -> None:
+        if self._lost:
+            raise OSError(self._lost[0])
 
 
 class TensorBoard:

@@ -50,8 +50,8 @@ def main() -> None:
 
     def until_the_end() -> None:
         rest = sys.stdin.read()
-        ended.set()
         failed.append(rest.strip() != "done")
+        ended.set()
         time.sleep(deadline)
         os.killpg(0, signal.SIGKILL)  # this process and those that the tracker's library started
 

@@ -1,9 +1,9 @@
 """Checkpoints: atomic, verified, exact.
 
 A checkpoint is the folder `step-00001200` with one safetensors file for each group of tensors, `state.json` and
-`manifest.json`; `durable` puts it there whole or not at all, `replica` copies it to a mounted drive. `save` writes one,
-`load_latest` gives back the newest that is whole. `Saver` does the writing while training goes on. `publish` writes any
-other folder (`best/`, `adapter/`) the same way. Order is by step, never by file time; nothing is pickled.
+`manifest.json`; `durable` puts it there whole or not at all, `replica` copies it to a mounted drive. `Saver` writes
+while training goes on, `load_latest` gives back the newest that is whole. `publish` writes any other folder (`best/`,
+`adapter/`) the same way. Order is by step, never by file time; nothing is pickled.
 """
 
 import json
@@ -27,7 +27,6 @@ from ..durable import (
     Parts,
     discard,
     found,
-    looks_whole,
     outlived,
     read_file,
     read_manifest,
@@ -59,38 +58,13 @@ def place(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: Groups,
-    state: dict[str, Any],
-    *,
-    keep: int = 2,
-    replica: Path | None = None,
-    warn: Warn = _warn,
-) -> Path:
-    """Saves a checkpoint, reads it back, then deletes all but the newest `keep`; returns its folder.
-
-    A checkpoint of the same step is replaced; those of later steps are left alone. With `replica` it is then copied
-    there, and what goes wrong with that is only said through `warn`. Raises NonFiniteError for a tensor or a number
-    in `state` that is NaN or infinite, and CheckpointError for a disk that is full or fails: what was saved before is
-    then untouched.
-    """
-    path = _write(folder, step, pack(tensors, state), keep, warn)
-    if replica is not None:
-        replicas.copy(path, replica, keep=keep, warn=warn)
-    return path
-
-
-def load_latest(folder: Path, *, replica: Path | None = None, warn: Warn = _warn) -> Saved | None:
-    """The newest whole checkpoint of `folder` and `replica`, or None if there is none at all.
+def load_latest(folder: Path, *, warn: Warn = _warn) -> Saved | None:
+    """The newest whole checkpoint of a folder, or None if there is none at all.
 
     Every damaged one on the way is named through `warn`. Raises CheckpointError if there are some and none is whole.
     """
-    local = [(step, True, path) for step, path in settled(folder)]
-    remote = [(step, False, path) for step, path in (replicated(replica, warn) if replica is not None else [])]
     wrong = []
-    for step, _, path in sorted(local + remote, reverse=True):
+    for step, path in reversed(settled(folder)):
         try:
             return _load(path, step)
         except Damaged as reason:
@@ -104,16 +78,11 @@ def load_latest(folder: Path, *, replica: Path | None = None, warn: Warn = _warn
     return None
 
 
-def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that look complete (manifest, and every file in its size), oldest first."""
-    return [step for step, path in found(folder) if looks_whole(path)]
-
-
 def publish(folder: Path, files: Mapping[str, bytes | Mapping[str, torch.Tensor]]) -> None:
     """Writes a folder of files (bytes, or tensors as safetensors) so that it is the old one or the new one, whole.
 
     Where a process was killed between the two, `settle(folder)` (the next `publish` does it too) puts one in place.
-    Raises as `save` does.
+    Raises NonFiniteError and CheckpointError.
     """
     write_folder(
         folder,
@@ -122,7 +91,9 @@ def publish(folder: Path, files: Mapping[str, bytes | Mapping[str, torch.Tensor]
 
 
 class Saver:
-    """Saves while training goes on: the loop pays for a copy of the tensors, threads do the writing.
+    """Saves while training goes on: the loop pays for a copy of the tensors, threads do the writing. What was written
+    is read back, then all but the newest `keep` are deleted. A checkpoint of the same step is replaced; those of later
+    steps are left alone.
 
     At most one save is under way; what went wrong with it is raised at the next `save` or at `close`. The replica is
     copied in a thread of its own, so that a slow drive delays neither the training nor the next save.
@@ -150,7 +121,11 @@ class Saver:
         return self._seconds + self._mirror.seconds if self._mirror.seconds else 0.0
 
     def save(self, step: int, tensors: Groups, state: dict[str, Any]) -> None:
-        """Takes a copy of everything and starts to write it. Raises as `save`; for the disk, one save later."""
+        """Takes a copy of everything and starts to write it.
+
+        Raises NonFiniteError for a tensor or a number in `state` that is NaN or infinite; and CheckpointError where the
+        last save met a disk that is full or fails: what was saved before that is untouched.
+        """
         began = time.monotonic()
         files = pack(tensors, state, copy=True)
         took = time.monotonic() - began

@@ -33,14 +33,19 @@ def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same
     The checkpoint is put in place last, so that a fetch that was cut off is begun again. Returns the step that was
     brought, or None. Raises ConfigError and CheckpointError.
     """
-    if replica.exists() and not replica.is_dir():
+    try:
+        mounted, file = replica.parent.is_dir(), replica.exists() and not replica.is_dir()
+    except OSError as error:  # a mount that does not answer
+        warn(f"checkpoint.replica = '{replica}' cannot be looked at ({error.strerror})")
+        mounted = file = False
+    if file:
         raise ConfigError(f"checkpoint.replica = '{replica}': this is a file; name a folder")
     if replica.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"checkpoint.replica = '{replica}' lies in the run folder {folder}, with which it would be lost"
         )
     own = _newest_whole(folder / "checkpoints")
-    if own is None and not replica.parent.is_dir():
+    if own is None and not mounted:
         raise ConfigError(
             f"checkpoint.replica = '{replica}': {replica.parent} is not there. Mount the drive, or make that folder: "
             f"{folder} has no checkpoint, so without the replica the run would start from its beginning"
@@ -50,13 +55,13 @@ def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same
         if own is not None and step <= own:
             return None
         try:
-            verify(copy)
+            files = _files(copy)
         except Damaged as reason:
             wrong.append(f"{copy}: {reason}")
             warn(f"replica {wrong[-1]}. Trying the one before it.")
             continue
         runfolder.admit(folder, values, lambda earlier: same_so_far(earlier, own or 0))
-        _bring(copy, step, folder, values, same_so_far)
+        _bring(copy, step, files, folder, values, same_so_far)
         return step
     if own is None and wrong and not found(folder / "checkpoints"):
         raise CheckpointError(
@@ -76,12 +81,28 @@ def _newest_whole(checkpoints: Path) -> int | None:
     return None
 
 
-def _bring(copy: Path, step: int, folder: Path, values: dict[str, Any], same_so_far: Same) -> None:
-    body = read_manifest(copy)
-    files = {name: read_file(copy / name, entry) for name, entry in body["files"].items()}
-    of_run = {name.removeprefix(RUN): data for name, data in files.items() if name.startswith(RUN)}
+def _files(copy: Path) -> dict[str, tuple[bytes, os.stat_result]]:
+    """Every file of a copy with its times, read once: a drive may show less the next moment. Raises Damaged."""
+    try:
+        return {
+            name: (read_file(copy / name, entry), (copy / name).stat())
+            for name, entry in read_manifest(copy)["files"].items()
+        }
+    except OSError as error:
+        raise Damaged(f"{error.filename} cannot be read ({error.strerror})") from None
+
+
+def _bring(
+    copy: Path,
+    step: int,
+    files: dict[str, tuple[bytes, os.stat_result]],
+    folder: Path,
+    values: dict[str, Any],
+    same_so_far: Same,
+) -> None:
+    of_run = {name.removeprefix(RUN): file for name, file in files.items() if name.startswith(RUN)}
     if runfolder.RUN in of_run:
-        before = of_run[runfolder.RUN]
+        before, _ = of_run[runfolder.RUN]
 
         def same(earlier: config.Run) -> bool:
             return same_so_far(earlier, step)
@@ -89,18 +110,17 @@ def _bring(copy: Path, step: int, folder: Path, values: dict[str, Any], same_so_
         runfolder.check(copy / runfolder.RUN, before, values, same, "checkpoint.replica")
     make_folder(folder)
     groups: dict[str, dict[str, bytes]] = {}
-    for name, data in sorted(of_run.items(), key=lambda item: item[0] != runfolder.RUN):  # run.json says whose it is
+    for name, (data, was) in sorted(of_run.items(), key=lambda item: item[0] != runfolder.RUN):  # it says whose it is
         inner, _, last = name.rpartition("/")
         if inner:
             groups.setdefault(inner, {})[last] = data
         else:
             partial = folder / f".{name}.tmp"
             write_file(partial, [data])
-            was = (copy / f"{RUN}{name}").stat()
             os.utime(partial, (was.st_atime, was.st_mtime))  # a session that was killed ended when it wrote last
             partial.replace(folder / name)
     sync_folder(folder)
     for inner, them in groups.items():
         write_folder(folder / inner, {name: [data] for name, data in them.items()})
-    core = {name: [data] for name, data in files.items() if not name.startswith(RUN)}
-    write_folder(place(folder / "checkpoints", body["step"]), core, body["step"])
+    core = {name: [data] for name, (data, _) in files.items() if not name.startswith(RUN)}
+    write_folder(place(folder / "checkpoints", step), core, step)

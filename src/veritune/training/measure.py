@@ -54,11 +54,18 @@ def probe(state: "Training", phase: Phase, validation: dict[str, Any], stop: Ses
         "phase": phase.name,
         "slice": phase.slice,
         "cooldown": phase.kind == "cooldown",
+        "rows": {"trained": [len(it.trained) for it in state.source.slices], "held_out": held_out_rows(state)},
         **{
             name: {"accuracy": [accuracy for accuracy, _ in found], "auroc": [auroc for _, auroc in found]}
             for name, found in (("trained", trained), ("held_out", held_out))
         },
     }
+
+
+def held_out_rows(state: "Training") -> list[int]:
+    """Rows of each slice's held-out probe."""
+    validation = len(state.validation.labels)
+    return [validation if it.held_out is None else len(it.held_out) for it in state.source.slices]
 
 
 def write_forgetting(state: "Training", folder: Path) -> dict[str, Any]:
@@ -68,10 +75,10 @@ def write_forgetting(state: "Training", folder: Path) -> dict[str, Any]:
             "name": it.name,
             "rows": len(it.rows),
             "trained_rows": len(it.trained),
-            "held_out_rows": len(state.validation.labels) if it.held_out is None else len(it.held_out),
+            "held_out_rows": held_out,
             "held_out_from": it.held_out_from,
         }
-        for it in state.source.slices
+        for it, held_out in zip(state.source.slices, held_out_rows(state), strict=True)
     ]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found = forgetting.report(slices, [line for line in lines if "probes" in line])

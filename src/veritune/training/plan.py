@@ -133,11 +133,8 @@ def make(
         made = make.stream(strategy)
     else:
         made = make.strategy(strategy)
-    if strategy is not None and strategy.cooldowns:
-        if strategy.kind != "stream":
-            raise ConfigError("strategy.cooldowns: only strategy.kind = 'stream' has them")
-        for shown in sorted(set(strategy.cooldowns)):
-            made = make.branch(made, shown)
+    for shown in sorted(set(strategy.cooldowns)) if strategy else ():
+        made = make.branch(made, shown)
     return Plan(_placed(made))
 
 

@@ -2,8 +2,8 @@
 
 Nothing is expected of such a drive but that bytes written and synced can be read back: a copy is written in place, read
 back and compared by hash, and its manifest, which marks it complete, comes last. Whatever goes wrong is told through
-`warn` and never raised. `copy` waits for the end, `Mirror` copies in a thread. A copy holds, under `run/`, what else
-the run folder held when the checkpoint was saved (settings, metrics, adapters), so that `fetch` can bring back a run.
+`warn` and never raised. `Mirror` copies in a thread. A copy holds, under `run/`, what else the run folder held when the
+checkpoint was saved (settings, metrics, adapters), so that `fetch` can bring back a run.
 """
 
 import os
@@ -84,26 +84,10 @@ class Source:
         return data
 
 
-def copy(checkpoint: Path, replica: Path, *, keep: int = 2, warn: Warn, along: Along | None = None) -> bool:
-    """Copies a checkpoint folder into `replica`, then deletes older copies but the newest `keep`.
-
-    Returns whether a whole copy stands there now; if not, `warn` was told why. The folder above `replica` must exist:
-    where it does not, the drive is taken to be gone, so that its mount point is not filled instead.
-    """
-    source = _opened(checkpoint, replica, along, warn)
-    return source is not None and _copy(source, replica, keep, warn)
-
-
-def _opened(checkpoint: Path, replica: Path, along: Along | None, warn: Warn) -> Source | None:
-    try:
-        return Source(checkpoint, along)
-    except (OSError, Damaged) as error:
-        warn(f"{checkpoint} could not be copied to {replica}: {error}")
-        return None
-
-
 class Mirror:
-    """Copies checkpoints to `replica` in a thread; what went wrong is told at the next `send` or at `close`."""
+    """Copies checkpoints to `replica` in a thread, then deletes older copies but the newest `keep`; what went wrong is
+    told at the next `send` or at `close`. The folder above `replica` must exist: where it does not, the drive is taken
+    to be gone, so that its mount point is not filled instead."""
 
     def __init__(self, replica: Path, *, keep: int = 2, warn: Warn) -> None:
         self._replica, self._keep, self._warn = replica, keep, warn
@@ -117,8 +101,10 @@ class Mirror:
     def send(self, checkpoint: Path, along: Along | None = None) -> None:
         """Has a checkpoint copied. One copy is made at a time; of those that wait, only the newest is made."""
         self._report()
-        source = _opened(checkpoint, self._replica, along, self._warn)
-        if source is None:
+        try:
+            source = Source(checkpoint, along)
+        except (OSError, Damaged) as error:
+            self._warn(f"{checkpoint} could not be copied to {self._replica}: {error}")
             return
         with self._lock:
             if self._next is not None:
@@ -154,7 +140,7 @@ class Mirror:
             self._warn(self._messages.pop(0))
 
 
-def _copy(source: Source, replica: Path, keep: int, warn: Warn) -> bool:
+def _copy(source: Source, replica: Path, keep: int, warn: Warn) -> None:
     target = None
     with source.files:
         try:
@@ -177,13 +163,12 @@ def _copy(source: Source, replica: Path, keep: int, warn: Warn) -> bool:
             if target is not None:
                 with suppress(OSError):
                     _delete(target)
-            return False
+            return
     for old in outdated:
         try:
             _delete(old)
         except OSError as error:
             warn(f"old copy {old} could not be deleted: {error.strerror}")
-    return True
 
 
 def _delete(target: Path) -> None:

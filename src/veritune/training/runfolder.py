@@ -72,12 +72,14 @@ def check(
     earlier, differing = differences(path, before, values)
     ahead = all(key.startswith(AHEAD) for key in differing)
     if differing and not (ahead and same_so_far(earlier)):
-        hint = (
-            ". With them, steps that are done would have been others: under a schedule like cosine the rate of "
-            "every step depends on how many there are, so append [[phases]] instead of epochs"
-        )
+        hint = ". With them, steps that are done would have been others" if ahead else ""
+        if ahead and "train.epochs" in differing and earlier.train.schedule != "constant":
+            hint += (
+                ": the rate of every step depends on how many there are, so append [[phases]] instead of epochs, or "
+                "train a constant rate"
+            )
         raise ConfigError(
-            f"{path.parent} holds a run with other settings: {'; '.join(differing.values())}{hint if ahead else ''}. "
+            f"{path.parent} holds a run with other settings: {'; '.join(differing.values())}{hint}. "
             f"Put them back to go on with that run, or choose another `{setting}`"
         )
 
@@ -90,11 +92,21 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
     try:
         held = json.loads(before)
         earlier = config.build(config.Run, held["settings"], str(path))
-        old, new = config.flat(config.as_dict(earlier)) | held["resolved"], mathematics(values)
+        old = _by_phase(config.flat(config.as_dict(earlier)) | held["resolved"])
+        new = _by_phase(mathematics(values))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
-    differing = [key for key in new if old.get(key) != new.get(key)]
+    keys = [*new, *(key for key in old if key.startswith("phases.") and key not in new)]
+    differing = [key for key in keys if old.get(key) != new.get(key)]
     return earlier, {key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing}
+
+
+def _by_phase(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings with a key for each setting of each phase, the phases counted from 1."""
+    out = dict(settings)
+    for number, phase in enumerate(out.pop("phases"), 1):
+        out |= {f"phases.{number}.{key}": value for key, value in phase.items()}
+    return out
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -5,7 +5,7 @@ of the settings and the dataset's labels, questions and columns.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +17,15 @@ SLICES = 4
 """Slices where a strategy says nothing of their number or size."""
 HELD_OUT_PART = 0.1
 """At most this part of a slice's rows is held out of training for its probe."""
+CUT = ("slices", "ends", "slice_rows", "column", "presentations")
+READ = {
+    "plain": (),
+    "sequential": (*CUT, "optimizer_state", "start_from"),
+    "cumulative": (*CUT, "optimizer_state", "start_from"),
+    "replay": (*CUT, "optimizer_state", "start_from", "replay_ratio"),
+    "stream": (*CUT, "cooldowns"),
+}
+"""The settings that each kind of strategy goes by."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,16 @@ def divide(
     The slices of listed phases are the rows that each brings for the first time. Raises ConfigError for settings that
     contradict each other or make no slice.
     """
+    if phases and strategy.kind != "plain":
+        raise ConfigError(f"[[phases]] and strategy.kind = {strategy.kind!r} exclude each other: keep one of them")
+    for key in [field.name for field in fields(strategy) if field.name not in ("kind", "probe_rows")]:
+        if key not in READ[strategy.kind] and getattr(strategy, key) != getattr(config.Strategy(), key):
+            kinds = ", ".join(kind for kind, read in READ.items() if key in read)
+            beside = "[[phases]]" if phases else f"strategy.kind = {strategy.kind!r}"
+            raise ConfigError(f"strategy.{key} does nothing beside {beside}: drop it; it is for the kinds {kinds}")
     if phases:
-        if strategy.kind != "plain":
-            raise ConfigError(f"[[phases]] and strategy.kind = {strategy.kind!r} exclude each other: keep one of them")
         return _stretches(_new_rows(phases, len(train.labels)), train, strategy, seed)
     if strategy.kind == "plain":
-        idle = [key for key in ("slices", "ends", "slice_rows", "column") if getattr(strategy, key) is not None]
-        if idle:
-            raise ConfigError(f"strategy.{idle[0]} is set, but no strategy.kind that makes slices: name one")
         return ()
     if strategy.ends and (strategy.slices or strategy.slice_rows or strategy.column):
         raise ConfigError("strategy.ends stands alone: drop it, or strategy.slices, slice_rows and column")

@@ -19,20 +19,22 @@ class Card:
     gib: float
     rate: float
     bandwidth: float
+    fp8: bool = True
+    """Whether it has FP8 products."""
 
 
 CARDS = {
     "h200": Card(139.8, 989, 4.8),
     "h100": Card(79.1, 989, 3.35),
-    "a100": Card(79.2, 312, 2.0),
-    "a100-40gb": Card(39.4, 312, 1.55),
+    "a100": Card(79.2, 312, 2.0, fp8=False),
+    "a100-40gb": Card(39.4, 312, 1.55, fp8=False),
     "l40s": Card(44.4, 362, 0.86),
-    "a10": Card(22.1, 125, 0.6),
+    "a10": Card(22.1, 125, 0.6, fp8=False),
     "l4": Card(22.0, 121, 0.3),
     "5090": Card(31.3, 209, 1.79),
     "4090": Card(23.5, 165, 1.01),
-    "3090": Card(23.6, 71, 0.94),
-    "t4": Card(14.6, 65, 0.32),  # of float16; it has no bf16 products
+    "3090": Card(23.6, 71, 0.94, fp8=False),
+    "t4": Card(14.6, 65, 0.32, fp8=False),  # of float16; it has no bf16 products
 }
 """Cards by a part of the name that the driver gives them; rates and traffic from their makers' data sheets."""
 

@@ -112,9 +112,11 @@ def non_finite(state: "Training", step: int, loss: float, norm: float, before: i
     )
     if state.run.train.non_finite == "stop":
         text += "train.non_finite = 'skip' leaves out such steps. "
+    finer = {"bf16": "'fp32'", "fp32": ""}.get(state.base.precision, "'bf16' or 'fp32'")
+    base = f", or model.base = {finer}" if finer else ""
     return text + (
-        "Or start another run (another `out`) with a lower train.lr, a smaller train.max_grad_norm, or model.base = "
-        f"'bf16' or 'fp32'; train.start_from = '{state.run.out}/best' goes on from the best adapter, once there is one"
+        f"Or start another run (another `out`) with a lower train.lr, a smaller train.max_grad_norm{base}; "
+        f"train.start_from = '{state.run.out}/best' goes on from the best adapter, once there is one"
     )
 
 

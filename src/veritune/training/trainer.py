@@ -185,7 +185,9 @@ def measure(
     stop.check("validation")
     with stop.timing("validation"):
         quality, p = validate(state, stop)
-        probes = probe(state, ended, quality, stop) if ended and state.probed else None
+        # Where a cooldown interrupts a phase, the phase is not over: that is no row of the forgetting matrix.
+        over = ended if ended and ended.kind != "part" else None
+        probes = probe(state, over, quality, stop) if over and state.probed else None
     with stop.whole():
         keep(state, at, ended, quality, p, probes, folder, tracker, display)
 
