@@ -44,7 +44,7 @@ def swept(
     run = config.build(config.Run, values, "test")
     chosen = config.build(config.Sweep, {"trials": 3, "rows": 48, "validations": 3, **settings}, "test")
     printed = io.StringIO()
-    search.sweep(run, chosen, declared, Console(file=printed, width=200))
+    search.sweep(run, chosen, space.read(declared, run, "test"), Console(file=printed, width=200))
     folder = Path(chosen.out or run.out + "-sweep")
     return read(folder), printed.getvalue(), folder
 
@@ -135,7 +135,7 @@ def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     chosen = config.build(config.Sweep, {"trials": 3, "rows": 48, "validations": 3, "at_once": at_once}, "test")
     printed = io.StringIO()
     with pytest.raises(KeyboardInterrupt):  # the hours count from the start of each process
-        search.sweep(short, chosen, SPACE, Console(file=printed, width=200))
+        search.sweep(short, chosen, space.read(SPACE, short, "test"), Console(file=printed, width=200))
     assert "given back; the same command goes on" in printed.getvalue()
     first = printed.getvalue().splitlines()[0]
     assert first == f"{tmp_path}/run-sweep: 3 trials of 48 rows each; searched: train.lr, train.optimizer"

@@ -112,6 +112,7 @@ batch_size = 8
 every = 3
 [checkpoint]
 every = 1
+keep = 9
 replica = "{folder / "drive" / out}"
 """
     )

@@ -42,7 +42,7 @@ def test_a_stop_is_clean_and_the_run_goes_on_to_the_same_end(stopped: dict[str, 
         ("compiling", [1, 2, 3], "stopped by SIGTERM after step 3"),
         ("validating", [2, 3], "stopped by SIGINT after step 3"),
         ("saving", [1, 2], "stopped by SIGTERM after step"),
-        ("replica", [1, 2, 3, 4, 5], "stopped by SIGTERM after step"),  # training went on while a copy hung
+        ("replica", [1], "stopped by SIGTERM after step"),
     ],
 )
 def test_what_is_done_is_saved_and_said(stopped: dict[str, Any], stage: str, steps: list[int], says: str) -> None:

@@ -16,8 +16,7 @@ def average_forgetting(a: Matrix, brought: Brought) -> float | None:
     """How far accuracy has fallen from its best: the mean over the slices learnt before the last phase of
     max_l a[l][j] - a[last][j], l from the phase that brought j to the one before the last (Chaudhry et al. 2018,
     section 3). Negative where it rose. None with no slice before the last phase."""
-    best = {j: max(row[j] for row in a[first:-1] if row[j] is not None) for j, first in _learnt(a, brought)}
-    falls = [highest - a[-1][j] for j, highest in best.items()]
+    falls = [max(row[j] for row in a[first:-1] if row[j] is not None) - a[-1][j] for j, first in _learnt(a, brought)]
     return sum(falls) / len(falls) if falls else None
 
 
@@ -67,12 +66,10 @@ def report(slices: list[dict[str, Any]], entries: list[dict[str, Any]]) -> dict[
             for entry in main
         ],
     }
+    now = {probe: [it[f"{probe}_rows"] for it in slices] for probe in PROBES}
     for figure in ("accuracy", "auroc"):
         out[figure] = {
-            probe: [
-                _comparable(entry["probes"], probe, figure, [it[f"{probe}_rows"] for it in slices]) for entry in main
-            ]
-            for probe in PROBES
+            probe: [_comparable(entry["probes"], probe, figure, rows) for entry in main] for probe, rows in now.items()
         }
     for summary in (average_forgetting, backward_transfer):
         out[summary.__name__] = {probe: summary(out["accuracy"][probe], brought) for probe in PROBES}

@@ -39,7 +39,8 @@ def sweep(args: Sequence[str], console: Console) -> None:
         "as a run file. The same command again goes on with it.",
     )
     run = config.Run(**{item.name: getattr(chosen, item.name) for item in fields(config.Run)})
-    for axis in read(space, run, str(file)):
+    axes = read(space, run, str(file))
+    for axis in axes:
         if axis.key in given(flags):
             raise ConfigError(
                 f"--{axis.key.replace('_', '-')}: {axis.key} is searched, so the flag would change nothing; take the "
@@ -55,7 +56,7 @@ def sweep(args: Sequence[str], console: Console) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        search(run, chosen.sweep, space, console, worker=chosen.worker, where=str(file))
+        search(run, chosen.sweep, axes, console, worker=chosen.worker)
     except (OptunaError, SQLAlchemyError) as error:
         reason = redact(first_line(error))
         raise PeerError(f"the sweep's storage failed: {reason}. No trial is lost; the same command goes on") from error

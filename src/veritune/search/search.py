@@ -32,21 +32,14 @@ SAME_FAILURE = 3
 
 
 def sweep(
-    run: config.Run,
-    settings: config.Sweep,
-    declared: dict[str, Any],
-    console: Console,
-    *,
-    worker: bool = False,
-    where: str = "sweep",
+    run: config.Run, settings: config.Sweep, axes: list[space.Axis], console: Console, *, worker: bool = False
 ) -> dict[str, Any] | None:
     """Searches around a run's settings, or goes on with that, and returns the best trial's line of trials.jsonl.
 
-    declared: the content of `[sweep.space]`. worker: join a sweep that is there; whoever started it shows what came of
-    it. Raises the kinds in `errors` before anything starts if something cannot be right, ConfigError if all
-    trials have failed, and KeyboardInterrupt once a signal or `session.hours` has ended it.
+    axes: what is searched. worker: join a sweep that is there; whoever started it shows what came of it. Raises the
+    kinds in `errors` before anything starts if something cannot be right, ConfigError if all trials have failed, and
+    KeyboardInterrupt once a signal or `session.hours` has ended it.
     """
-    axes = space.read(declared, run, where)
     data = dataset.load(Path(run.data.path))
     rows = min(settings.rows or len(data.train), run.data.rows or len(data.train), len(data.train))
     if not rows or data.validation.is_empty():

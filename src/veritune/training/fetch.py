@@ -35,8 +35,7 @@ def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same
     """
     try:
         mounted, file = replica.parent.is_dir(), replica.exists() and not replica.is_dir()
-    except OSError as error:  # a mount that does not answer
-        warn(f"checkpoint.replica = '{replica}' cannot be looked at ({error.strerror})")
+    except OSError:  # a mount that does not answer, as `replicated` says
         mounted = file = False
     if file:
         raise ConfigError(f"checkpoint.replica = '{replica}': this is a file; name a folder")
@@ -55,13 +54,13 @@ def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same
         if own is not None and step <= own:
             return None
         try:
-            files = _files(copy)
+            written, files = _files(copy)
         except Damaged as reason:
             wrong.append(f"{copy}: {reason}")
             warn(f"replica {wrong[-1]}. Trying the one before it.")
             continue
         runfolder.admit(folder, values, lambda earlier: same_so_far(earlier, own or 0))
-        _bring(copy, step, files, folder, values, same_so_far)
+        _bring(copy, written, files, folder, values, same_so_far)
         return step
     if own is None and wrong and not found(folder / "checkpoints"):
         raise CheckpointError(
@@ -81,13 +80,12 @@ def _newest_whole(checkpoints: Path) -> int | None:
     return None
 
 
-def _files(copy: Path) -> dict[str, tuple[bytes, os.stat_result]]:
-    """Every file of a copy with its times, read once: a drive may show less the next moment. Raises Damaged."""
+def _files(copy: Path) -> tuple[int, dict[str, tuple[bytes, os.stat_result]]]:
+    """A copy's step, and each file with its times, read once: a drive may show less the next moment. Raises Damaged."""
+    body = read_manifest(copy)
     try:
-        return {
-            name: (read_file(copy / name, entry), (copy / name).stat())
-            for name, entry in read_manifest(copy)["files"].items()
-        }
+        files = body["files"].items()
+        return body["step"], {name: (read_file(copy / name, entry), (copy / name).stat()) for name, entry in files}
     except OSError as error:
         raise Damaged(f"{error.filename} cannot be read ({error.strerror})") from None
 

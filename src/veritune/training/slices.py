@@ -63,8 +63,10 @@ def divide(
     """
     if phases and strategy.kind != "plain":
         raise ConfigError(f"[[phases]] and strategy.kind = {strategy.kind!r} exclude each other: keep one of them")
-    for key in [field.name for field in fields(strategy) if field.name not in ("kind", "probe_rows")]:
-        if key not in READ[strategy.kind] and getattr(strategy, key) != getattr(config.Strategy(), key):
+    default = config.Strategy()
+    for key in (field.name for field in fields(strategy)):
+        idle = key not in ("kind", "probe_rows", *READ[strategy.kind])
+        if idle and getattr(strategy, key) != getattr(default, key):
             kinds = ", ".join(kind for kind, read in READ.items() if key in read)
             beside = "[[phases]]" if phases else f"strategy.kind = {strategy.kind!r}"
             raise ConfigError(f"strategy.{key} does nothing beside {beside}: drop it; it is for the kinds {kinds}")
