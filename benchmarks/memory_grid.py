@@ -29,6 +29,7 @@ from veritune.model import adapter, load, self_check
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
+from veritune.tokens.blocks import blocks_of
 from veritune.tokens.trie import Trie, build
 from veritune.training import memory, optimizer
 
@@ -203,7 +204,7 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
             continue
         seconds = time.perf_counter() - start
         free, total = torch.cuda.mem_get_info()
-        size = memory.Batch(trie.tokens, len(trie.path), len(trie.segments) - 1, len(trie.ends))
+        size = memory.Batch(trie.tokens, float(trie.positions.mean()) + 1, blocks_of(trie.until).parts, len(trie.ends))
         foretold = memory.peak(shape, job, size, recomputed)
         peak = torch.cuda.max_memory_allocated()
         done.append({
@@ -225,7 +226,7 @@ def show(it: dict[str, Any]) -> None:
     gib = {key: it[key] / 2**30 for key in it if key.removeprefix("foretold_") in ("before", "kept", "working")}
     parts = "  ".join(f"{key} {gib[key]:.3f}/{gib[f'foretold_{key}']:.3f}" for key in ("before", "kept", "working"))
     print(
-        f"{it['group']:22} T {it['tokens']:6} len {it['length']:4} P/T {it['entries'] / it['tokens']:.1f} rows "
+        f"{it['group']:22} T {it['tokens']:6} len {it['length']:4} reach {it['reach']:.0f} rows "
         f"{it['rows']:4} again {it['recomputed_layers']:2}/{it['layers']:2}  measured {it['measured'] / 2**30:7.3f} "
         f"foretold {it['foretold'] / 2**30:7.3f} ({it['error']:+.1%})  {parts}  reserved "
         f"+{it['reserved'] / it['measured'] - 1:.1%} outside {it['outside'] / 2**30:.2f}  {it['tokens_s']:,} tokens/s",

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from veritune import config
-from veritune.model import adapter, load, self_check
+from veritune.model import adapter, attention, load, self_check
 from veritune.model.compiled import compile_layers, gradients
-from veritune.model.verdict import label_logits, label_loss
+from veritune.model.verdict import label_loss, logits_of
+from veritune.tokens.blocks import blocks_of
 from veritune.tokens.trie import build
 
 
@@ -33,7 +34,12 @@ def loss_of(made: Any, size: int) -> Tensor:
     head = rng.integers(3, 300, 20 + size, dtype=np.int32)
     rows = [np.concatenate((head, rng.integers(3, 300, 10 + i, dtype=np.int32))) for i in range(3 + size)]
     labels = torch.arange(len(rows)) % 2 == 0
-    return label_loss(label_logits(made, build(rows), torch.device("cpu")), labels, (7, 11))
+    trie = build(rows)
+    # With the table of blocks that a GPU's kernels go by, which is of another length every time.
+    blocks, (ids, positions) = blocks_of(trie.until), map(torch.from_numpy, (trie.ids, trie.positions))
+    until, ends, table = map(torch.from_numpy, (trie.until, trie.ends, blocks.table))
+    paths = attention.Paths(until, ends, trie.longest, table, blocks.pieces, blocks.sums, blocks.parts)
+    return label_loss(logits_of(made, ids, positions, paths), labels, (7, 11))
 
 
 def gradient(made: Any, size: int) -> Tensor:

@@ -171,8 +171,7 @@ def test_the_comparison_would_find_a_wrong_key() -> None:
     right = of_trie(ours, rows, labels_of(rows))
     trie = build(rows)
     wrong_key, wrong_place = copy.deepcopy(trie), copy.deepcopy(trie)
-    last = int(trie.paths[-2])
-    wrong_key.path[last] = trie.segments[2]
+    wrong_key.until[np.flatnonzero(np.diff(trie.until))[-1]] = trie.tokens  # the last token before the last row's own
     wrong_place.positions[-1] += 1
     for wrong in (wrong_key, wrong_place):
         loss = label_loss(label_logits(ours, wrong, torch.device("cpu")), labels_of(rows), ANSWERS)
@@ -340,7 +339,7 @@ def test_smollm2_float32(smollm2_case: Any) -> None:
     over 49,152 words in the backward pass in one go."""
     _, rows, labels, answers, ours, stock = smollm2_case
     trie = build(rows)
-    assert len(trie.segments) - 1 == 1 + 2 + 4
+    assert np.count_nonzero(np.diff(trie.until)) + 1 == 1 + 2 + 4  # three levels of segments
     stock.set_attn_implementation("eager")
     expected = row_by_row(stock, rows, labels, answers, read=lambda n: 4)
     assert_equal(of_trie(ours, rows, labels, answers), expected)

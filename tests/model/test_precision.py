@@ -38,7 +38,7 @@ def test_fp8_is_what_its_numbers_say_and_near_what_it_replaces():
     kind, parts = precision.frozen_parts(linear)
     low, up, up_back = torch.randn(20, 4), torch.randn(48, 4), torch.randn(64, 4)
     y = precision.plus(kind, x, parts, None, low, up)
-    back = precision.plus_back(kind, grad, parts, low, up_back)
+    back = precision.plus_back(kind, [grad], [parts], low, up_back)
     torch.testing.assert_close(y.double(), expected_y + low.double() @ up.double().t(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(back.double(), expected_back + low.double() @ up_back.double().t(), rtol=1e-4, atol=1e-4)
     assert (expected_y - x.double() @ weight.double().t()).norm() < 0.05 * expected_y.norm()

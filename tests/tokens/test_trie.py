@@ -38,11 +38,9 @@ def some_rows() -> st.SearchStrategy[Rows]:
 
 
 def walk(trie: Trie, number: int) -> np.ndarray:
-    """The token numbers that row `number` reads: its segment's path, up to its last token."""
+    """The token numbers that row `number` reads: what its last token sees."""
     end = int(trie.ends[number])
-    segment = int(np.searchsorted(trie.segments, end, side="right")) - 1
-    path = trie.path[trie.paths[segment] : trie.paths[segment + 1]]
-    return path[: path.tolist().index(end) + 1]
+    return np.flatnonzero(trie.until[: end + 1] > end)
 
 
 @settings(max_examples=150, deadline=None)
@@ -67,20 +65,14 @@ def test_with_any_sharing_it_is_the_radix_tree(rows: Rows) -> None:
 @given(some_rows(), st.integers(1, 12))
 def test_arrays_are_what_attention_expects(rows: Rows, min_shared: int) -> None:
     trie = build(rows, min_shared)
-    assert [a.dtype for a in (trie.ids, trie.positions, trie.path, trie.ends)] == [np.dtype(np.int64)] * 4
-    assert [a.dtype for a in (trie.segments, trie.paths)] == [np.dtype(np.int32)] * 2
-    lengths, path_lengths = np.diff(trie.segments), np.diff(trie.paths)
-    assert trie.segments[0] == trie.paths[0] == 0
-    assert trie.segments[-1] == trie.tokens == len(trie.positions)
-    assert trie.paths[-1] == len(trie.path)
-    assert (lengths > 0).all()
-    assert trie.longest_segment == lengths.max()
-    assert trie.longest_path == path_lengths.max() == max(len(each) for each in rows)
-    for s, (first, last) in enumerate(zip(trie.segments, trie.segments[1:], strict=False)):
-        path = trie.path[trie.paths[s] : trie.paths[s + 1]]
-        # Causal from the bottom right: a path ends with the segment's own tokens, and its places count up from 0.
-        assert path[-(last - first) :].tolist() == list(range(first, last))
-        assert trie.positions[path].tolist() == list(range(len(path)))
+    assert [a.dtype for a in (trie.ids, trie.positions, trie.ends)] == [np.dtype(np.int64)] * 3
+    assert trie.until.dtype == np.int32
+    assert len(trie.positions) == len(trie.until) == trie.tokens
+    assert trie.longest == max(len(each) for each in rows)
+    for i in range(trie.tokens):  # what a token sees counts up from the root to itself
+        sees = np.flatnonzero(trie.until[: i + 1] > i)
+        assert sees[-1] == i
+        assert trie.positions[sees].tolist() == list(range(len(sees)))
 
 
 @settings(max_examples=80, deadline=None)
@@ -90,7 +82,7 @@ def test_the_order_of_rows_does_not_change_the_trie(rows: Rows, random: object) 
     random.shuffle(shuffled)  # pyright: ignore[reportAttributeAccessIssue]
     a, b = build(rows), build([rows[i] for i in shuffled])
     assert a.ids.tolist() == b.ids.tolist()
-    assert a.path.tolist() == b.path.tolist()
+    assert a.until.tolist() == b.until.tolist()
     assert [walk(a, i).tolist() for i in shuffled] == [walk(b, i).tolist() for i in range(len(rows))]
 
 
@@ -98,9 +90,11 @@ def test_three_levels() -> None:
     head, questions = list(range(100, 120)), [list(range(200, 215)), list(range(300, 312))]
     rows = [row(*head, *question, *[n] * 9) for question in questions for n in (1, 2, 3)]
     trie = build(rows)
-    assert len(trie.segments) - 1 == 1 + 2 + 6
     assert trie.tokens == 20 + 15 + 12 + 6 * 9
-    assert trie.longest_path == 44
+    assert trie.longest == 44
+    first, second = 20 + 15 + 3 * 9, 20 + 15 + 12 + 6 * 9
+    ends = [second] * 20 + [first] * 15 + [35 + 9 * n for n in (1, 2, 3) for _ in range(9)]
+    assert trie.until.tolist() == [*ends, *[second] * 12, *(74 + 9 * n for n in (1, 2, 3) for _ in range(9))]
 
 
 def test_equal_rows_are_one_segment() -> None:

@@ -14,7 +14,7 @@ from veritune.training.speed import CARDS, card_of
 
 LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False)
 NF4 = Job("nf4", 16, config.Lora().targets, "adamw_torch", compiled=True)
-STEP = Mix(tokens=20_000, longest=900, entries=1.7, segments=0.006, rows=0.005)
+STEP = Mix(tokens=20_000, longest=900, reach=150, parts=0.006, rows=0.005)
 
 
 @pytest.mark.parametrize("cap", [15, 24, 40, 80, 139])
@@ -73,11 +73,13 @@ def test_falling_back_takes_less_each_time_until_nothing_does() -> None:
 def test_a_steps_sizes_are_those_of_its_tries() -> None:
     rng = np.random.default_rng(0)
     question = rng.integers(0, 99, 50, dtype=np.int32)
-    rows = [np.concatenate((question, rng.integers(0, 99, 50, dtype=np.int32))) for _ in range(4)]
+    rows = [np.concatenate((question, rng.integers(0, 99, 50, dtype=np.int32))) for _ in range(20)]
     found = fit.mix([rows])
-    assert (found.tokens, found.longest) == (250, 100)
-    assert (found.entries, found.segments, found.rows) == (450 / 250, 5 / 250, 4 / 250)
-    assert fit.mix([rows], shared=False).tokens == 400
+    assert (found.tokens, found.longest) == (1050, 100)
+    assert found.reach == pytest.approx((50 * 25.5 + 20 * 50 * 75.5) / 1050)
+    # All 17 blocks of 64 tokens see the question's, 8 of them a part.
+    assert (found.parts, found.rows) == (3 / 1050, 20 / 1050)
+    assert fit.mix([rows], shared=False).tokens == 2000
 
 
 @pytest.mark.parametrize(

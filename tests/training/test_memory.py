@@ -8,6 +8,7 @@ from traced import rows_of
 
 from veritune import config
 from veritune.model.shape import Shape
+from veritune.tokens.blocks import blocks_of
 from veritune.training import memory
 from veritune.training.memory import Batch, Job
 
@@ -54,7 +55,7 @@ def job(rank: int) -> Job:
 
 def batch_of(step: traced.Step) -> Batch:
     trie = step.trie
-    return Batch(trie.tokens, len(trie.path), len(trie.segments) - 1, len(trie.ends))
+    return Batch(trie.tokens, float(trie.positions.mean()) + 1, blocks_of(trie.until).parts, len(trie.ends))
 
 
 def biases(model: Any) -> int:

@@ -1,6 +1,5 @@
 """Peak memory of a real training step without a GPU: the real layers run on the meta device while every storage that
-comes to life and dies is counted. Only attention's own allocations are repeated by hand: the ones that FlashAttention 2
-makes inside its operator cannot be seen from outside."""
+comes to life and dies is counted. Only attention's own allocations are repeated by hand: its kernels need a GPU."""
 
 import weakref
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from veritune import config
 from veritune.model import adapter, attention, load, self_check
 from veritune.model.verdict import label_logits, label_loss
+from veritune.tokens.blocks import BLOCK, blocks_of
 from veritune.tokens.trie import Trie, build
 
 META = torch.device("meta")
@@ -55,41 +55,32 @@ class Tracker(TorchDispatchMode):
 
 
 class _Attend(torch.autograd.Function):
-    """`attention.attend` with FlashAttention 2's allocations (its `mha_varlen_fwd` and `mha_varlen_bwd`)."""
+    """`attention.attend` with the allocations of `trie_kernels`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, path: Tensor, *others: Any) -> Any:
-        gathered = k[path], v[path]
-        out, sums = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
-        del gathered
-        ctx.save_for_backward(q, k, v, path, out, sums)
-        ctx.segments = len(segments) - 1
-        return out, sums
+    def forward(ctx: Any, parts: int, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
+        out, logs = torch.empty_like(q), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, logs)
+        ctx.parts = parts
+        return out, logs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, path, *_ = ctx.saved_tensors
+        q, k, v, _, logs = ctx.saved_tensors
         grad = grads[0].contiguous()
-        dq, _, _ = _flash_backward(q, k[path], v[path], ctx.segments)
+        own = [torch.empty_like(logs)]
+        own += [k.new_empty((ctx.parts * BLOCK, *k.shape[1:]), dtype=torch.float32) for _ in range(2)]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         del grad
-        return dq, torch.empty_like(k), torch.empty_like(v), *[None] * 8  # summed by a kernel that needs no room
-
-
-def _flash_backward(q: Tensor, k: Tensor, v: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, heads, width = q.shape
-    padded = tokens + 128 * segments
-    own = [q.new_empty((heads, padded), dtype=torch.float32), q.new_empty((padded, heads, width), dtype=torch.float32)]
-    out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if heads != k.shape[1]:
-        own += [q.new_empty((len(k), heads, width)) for _ in range(2)]
-    return out
+        return None, dq, dk, dv, *[None] * 6
 
 
 @contextmanager
-def flash() -> Iterator[None]:
+def kernels(trie: Trie) -> Iterator[None]:
     """Attention as it allocates on a GPU."""
+    parts = blocks_of(trie.until).parts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "attend", lambda *inputs: _Attend.apply(*inputs))
+        patch.setattr(attention, "attend", lambda *inputs: _Attend.apply(parts, *inputs))
         yield
 
 
@@ -135,7 +126,7 @@ def step(model: Any, settings: config.Lora, rows: list[np.ndarray], recomputed: 
     made = adapter.add_adapter(base, settings, seed=0)
     load.set_training(made, recomputed=recomputed)
     trie = build(rows)
-    with flash(), Tracker(made.parameters()) as tracker:
+    with kernels(trie), Tracker(made.parameters()) as tracker:
         labels = torch.zeros(len(rows), dtype=torch.bool, device=META)
         for _ in range(2):  # gradients are there from the second micro-batch of a step on
             tracker.peak = 0

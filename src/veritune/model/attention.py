@@ -1,8 +1,8 @@
 """Attention along trie paths, inside transformers' own models.
 
-Segment s has its own tokens as queries and its path as keys, causal from the bottom right. On CUDA in bf16 or fp16 that
-is one gather of keys and values along all paths and one variable-length FlashAttention call; elsewhere plain products,
-one segment after the other. Both stand behind one operator, `veritune::attend`, so that a compiled layer has no break.
+A token sees the tokens of its path, up to itself (`tokens.trie`). On CUDA in bf16 or fp16 kernels of our own read keys
+and values where they stand (`trie_kernels`); elsewhere, and where Triton does not work, plain products, one segment
+after the other. Both stand behind one operator, `veritune::attend`, so that a compiled layer has no break.
 
 The function is registered with transformers under the name `veritune`; the paths reach it as the keyword `paths` of the
 model's forward. No mask is registered under that name, so transformers builds none.
@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
+from ..tokens.blocks import blocks_of
 from ..tokens.trie import Trie
 
 NAME = "veritune"
@@ -29,38 +32,25 @@ BEYOND_PATHS = ("softcap", "s_aux", "position_bias")
 
 @dataclass(frozen=True)
 class Paths:
-    """A trie's segments and paths on the model's device; see `tokens.trie.Trie`."""
+    """Who sees whom in a trie, on the model's device; see `tokens.trie.Trie` and `tokens.blocks.Blocks`."""
 
-    segments: Tensor  # int32 [S + 1]
-    path: Tensor  # int64 [P]
-    paths: Tensor  # int32 [S + 1]
-    order: Tensor  # int64 [P]: the path's entries, those of a token beside each other
-    starts: Tensor  # int64 [T + 1]: where each token's begin in `order`
+    until: Tensor  # int32 [T]
     ends: Tensor  # int64 [rows]
-    longest_segment: int
-    longest_path: int
+    longest: int  # tokens of the longest row
+    table: Tensor  # int32: that of `Blocks`, for the kernels; empty where they do not work
+    pieces: int
+    sums: int
+    parts: int
 
 
 def paths_of(trie: Trie, device: torch.device) -> Paths:
     """Moves a trie's paths to a device."""
-    path = torch.from_numpy(trie.path).to(device, non_blocking=True)
-    order, starts = uses(path, trie.tokens)
-    return Paths(
-        segments=torch.from_numpy(trie.segments).to(device, non_blocking=True),
-        path=path,
-        paths=torch.from_numpy(trie.paths).to(device, non_blocking=True),
-        order=order,
-        starts=starts,
-        ends=torch.from_numpy(trie.ends).to(device, non_blocking=True),
-        longest_segment=trie.longest_segment,
-        longest_path=trie.longest_path,
-    )
-
-
-def uses(path: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """`Paths.order` and `Paths.starts` of a path [P]."""
-    ordered, order = torch.sort(path, stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(tokens + 1, device=path.device))
+    move = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+    until, ends = move(trie.until), move(trie.ends)
+    if device.type != "cuda" or problem_of_kernels():
+        return Paths(until, ends, trie.longest, until[:0], 0, 0, 0)
+    blocks = blocks_of(trie.until)
+    return Paths(until, ends, trie.longest, move(blocks.table), blocks.pieces, blocks.sums, blocks.parts)
 
 
 def path_attention(
@@ -80,104 +70,50 @@ def path_attention(
 
     Raises ModelError if the model asks for attention that paths do not express.
     """
-    if sliding_window is not None and sliding_window < paths.longest_path:
+    if sliding_window is not None and sliding_window < paths.longest:
         raise ModelError(f"attention over a window of {sliding_window} tokens is shorter than a row")
     asked = [name for name in BEYOND_PATHS if extra.get(name) is not None]
     if asked or dropout:
         raise ModelError(f"its attention uses {', '.join(asked) or 'dropout'}")
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    out, _ = attend(
-        q, k, v, paths.segments, paths.path, paths.paths, paths.order, paths.starts, paths.longest_segment,
-        paths.longest_path, scale,
-    )  # fmt: skip
+    out, _ = attend(q, k, v, paths.until, paths.table, paths.pieces, paths.sums, paths.parts, scale)
     return out[None], None
 
 
 @torch.library.custom_op("veritune::attend", mutates_args=())
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Tensor,
-    path: Tensor,
-    paths: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    longest_segment: int,
-    longest_path: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, pieces: int, sums: int, parts: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q [T, heads, d], k and v [T, key heads, d] -> [T, heads, d], and the log of the softmax's sums [heads, T]."""
-    if not _flash(q):
-        return _by_segment(q, k, v, segments, path, paths, scale), q.new_empty(0)
-    out, sums, *_ = torch.ops.aten._flash_attention_forward(
-        q, k[path], v[path], segments, paths, longest_segment, longest_path, 0.0, False, False,
-        scale=scale, window_size_left=-1, window_size_right=0,
-    )  # fmt: skip
-    return out, sums
+    """q [T, heads, d], k and v [T, key heads, d] -> [T, heads, d], and what the backward pass needs of the softmax."""
+    if not _fast(q, table):
+        return _by_segment(q, k, v, until, scale), q.new_empty(0)
+    from . import trie_kernels
+
+    return trie_kernels.forward(q, k, v, until, table, scale)
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    sums = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if _flash(q) else q.new_empty(0)
-    return torch.empty_like(q), sums
+def _(q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    logs = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if _fast(q, table) else q.new_empty(0)
+    return torch.empty_like(q), logs
 
 
 @torch.library.custom_op("veritune::attend_backward", mutates_args=())
 def attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    segments: Tensor,
-    path: Tensor,
-    paths: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    longest_segment: int,
-    longest_path: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, until: Tensor, table: Tensor,
+    pieces: int, sums: int, parts: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v.
 
-    Keys and values that many paths share sum theirs in float32: a bf16 sum over 64 to 256 paths would lose 1 to 2 %.
+    Keys and values that many rows share sum theirs in float32: a bf16 sum over 64 to 256 rows would lose 1 to 2 %.
     """
-    if not _flash(q):
-        return _by_segment_backward(grad, q, k, v, out, segments, path, paths, scale)
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    unused = torch.empty(0, device=q.device)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad.contiguous(), q, k[path], v[path], out, sums, segments, paths, longest_segment, longest_path, 0.0, False,
-        seed, unused, scale=scale, window_size_left=-1, window_size_right=0,
-    )  # fmt: skip
-    if _kernels_work():
-        from .path_sum import sum_paths
+    if not _fast(q, table):
+        return _by_segment_backward(grad, q, k, v, out, until, scale)
+    from . import trie_kernels
 
-        return dq, sum_paths(dk, order, starts, k), sum_paths(dv, order, starts, v)
-    return dq, _sum_paths(dk, path, k), _sum_paths(dv, path, v)
-
-
-@cache
-def _kernels_work() -> bool:
-    """Whether Triton is there and compiles a kernel, for which it needs a C compiler and Python's headers."""
-    if not has_triton():
-        return False
-    from .path_sum import sum_paths
-
-    one = torch.ones(1, 1, 16, device="cuda")
-    try:
-        return bool((sum_paths(one, *uses(torch.zeros(1, dtype=torch.int64, device="cuda"), 1), one) == 1).all())
-    except Exception:  # whatever a compiler that is not there can raise
-        return False
-
-
-def _sum_paths(gathered: Tensor, path: Tensor, like: Tensor) -> Tensor:
-    """The same without Triton."""
-    total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-    return total.index_add_(0, path, gathered.float()).to(like.dtype)
+    grad = grad.contiguous()
+    return trie_kernels.backward(grad, q, k, v, out, logs, until, table, pieces, sums, parts, scale)
 
 
 @attend_backward.register_fake
@@ -186,52 +122,60 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tens
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.longest_segment, ctx.longest_path, ctx.scale = inputs
+    *tensors, ctx.pieces, ctx.sums, ctx.parts, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, segments, path, paths, order, starts, out, sums = ctx.saved_tensors
-    grads = attend_backward(
-        grad, q, k, v, out, sums, segments, path, paths, order, starts, ctx.longest_segment, ctx.longest_path, ctx.scale
-    )  # fmt: skip
-    return *grads, *(None,) * 8
+    q, k, v, until, table, out, logs = ctx.saved_tensors
+    grads = attend_backward(grad, q, k, v, out, logs, until, table, ctx.pieces, ctx.sums, ctx.parts, ctx.scale)
+    return *grads, *(None,) * 6
 
 
 attend.register_autograd(_backward, setup_context=_setup)
 
 
-def _flash(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+def _fast(q: Tensor, table: Tensor) -> bool:
+    return table.numel() > 0 and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def _slices(segments: Tensor, path: Tensor, paths: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Each segment's first token, last token + 1, and its path."""
-    tokens, entries = segments.tolist(), paths.tolist()
-    for s in range(len(tokens) - 1):
-        yield tokens[s], tokens[s + 1], path[entries[s] : entries[s + 1]]
+@cache
+def problem_of_kernels() -> str | None:
+    """Why a GPU's kernels do not work: Triton is not there, or cannot compile one, for which it needs a C compiler and
+    Python's headers. None: they do."""
+    if not has_triton():
+        return "torch comes without Triton here"
+    from . import trie_kernels
+
+    try:
+        one, until = torch.ones(1, 1, 16, device="cuda", dtype=torch.bfloat16), np.ones(1, dtype=np.int32)
+        table = torch.from_numpy(blocks_of(until).table).cuda()
+        out, _ = trie_kernels.forward(one, one, one, torch.from_numpy(until).cuda(), table, 1.0)
+        return None if bool((out == 1).all()) else "its kernel computes something else"
+    except Exception as error:  # whatever a compiler that is not there can raise
+        return first_line(error)
 
 
-def _by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, path: Tensor, paths: Tensor, scale: float) -> Tensor:
+def _segments(until: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Runs of tokens with the same path: the first, the last + 1, and the tokens of that path, themselves included."""
+    cuts = ((until[1:] != until[:-1]).nonzero()[:, 0] + 1).tolist()
+    for first, last in pairwise((0, *cuts, len(until))):
+        before = (until[:first] > first).nonzero()[:, 0]
+        yield first, last, torch.cat((before, torch.arange(first, last, device=until.device)))
+
+
+def _by_segment(q: Tensor, k: Tensor, v: Tensor, until: Tensor, scale: float) -> Tensor:
     """In float32 or more: scores rounded to bf16 would be off by per cents."""
     queries, keys, values = _grouped(q, k.shape[1]), _wide(k), _wide(v)
     out = torch.empty_like(queries)
-    for first, last, own in _slices(segments, path, paths):
+    for first, last, own in _segments(until):
         p = _probabilities(queries[:, :, first:last], keys[:, own], scale)
         out[:, :, first:last] = (p @ values[:, own]).view_as(out[:, :, first:last])
     return _ungrouped(out).to(q.dtype)
 
 
 def _by_segment_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    segments: Tensor,
-    path: Tensor,
-    paths: Tensor,
-    scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, until: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The probabilities are computed again (Dao et al. 2022, section 3.1)."""
     heads = k.shape[1]
@@ -240,7 +184,7 @@ def _by_segment_backward(
     # The softmax's own term: each query's gradient along its output.
     along = (grads * _grouped(out, heads)).sum(-1, keepdim=True)
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for first, last, own in _slices(segments, path, paths):
+    for first, last, own in _segments(until):
         q_, k_, v_ = queries[:, :, first:last], keys[:, own], values[:, own]
         g = grads[:, :, first:last].flatten(1, 2)
         p = _probabilities(q_, k_, scale)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import first_line
+from ..tokens.blocks import Blocks, blocks_of
 from ..tokens.pad import Size, pad
 from ..tokens.trie import Trie
-from .attention import Paths, uses
+from .attention import Paths
 from .compiled import gradients, tolerance
 from .load import layers
 from .verdict import logits_of
@@ -30,9 +31,10 @@ MOST = 24
 @dataclass(frozen=True)
 class _Recorded:
     graph: torch.cuda.CUDAGraph
-    numbers: Tensor  # int64: ids, positions, path, ends, labels, segments, paths, one after the other
+    numbers: Tensor  # int64: ids, positions, until, ends, answers and the table of blocks, one after the other
     weights: Tensor  # float32 [rows]
     loss: Tensor
+    blocks: tuple[int, ...]  # the table's size
 
 
 def launch_bound(model: Any, tokens: int) -> bool:
@@ -81,7 +83,8 @@ class Graphs:
 
     def backward(self, trie: Trie, labels: np.ndarray, scale: float) -> Tensor | None:
         """Adds the gradients of scale x the summed label loss to the parameters' `grad`, and returns that loss; None if
-        this trie's size is not recorded and no more sizes are taken. labels: bool [rows]."""
+        this trie's size is not recorded and no more sizes are taken, or its rows share more than is provided for.
+        labels: bool [rows]."""
         mine = Size.of(trie)
         size = min((size for size in self._recorded if size.holds(mine)), default=None)
         if size is None:
@@ -91,14 +94,15 @@ class Graphs:
             if not size.holds(mine):
                 return None
         padded = pad(trie, size)
-        answers = np.where(labels, *self._answers)
+        blocks = blocks_of(padded.until, room=True)
         more = np.zeros(size.rows - len(labels))
-        parts = (padded.ids, padded.positions, padded.path, padded.ends, np.concatenate((answers, more)))
-        numbers = np.concatenate((*parts, padded.segments, padded.paths)).astype(np.int64)
+        answers = np.concatenate((np.where(labels, *self._answers), more))
+        parts = (padded.ids, padded.positions, padded.until, padded.ends, answers, blocks.table)
+        numbers = np.concatenate(parts).astype(np.int64)
         weights = np.concatenate((np.full(len(labels), scale), more)).astype(np.float32)
         if size not in self._recorded:
             try:
-                self._recorded[size] = self._record(size, numbers, weights)
+                self._recorded[size] = self._record(size, trie.longest, blocks, numbers, weights)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
@@ -107,34 +111,37 @@ class Graphs:
                 self._most = len(self._recorded)  # what is recorded works; this trie is computed the plain way
                 return None
         run = self._recorded[size]
+        if run.blocks != blocks.size:
+            return None
         run.numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
         run.weights.copy_(torch.from_numpy(weights).pin_memory(), non_blocking=True)
         run.graph.replay()
         return run.loss.clone()
 
-    def _record(self, size: Size, numbers: np.ndarray, weights: np.ndarray) -> _Recorded:
+    def _record(self, size: Size, longest: int, blocks: Blocks, numbers: np.ndarray, weights: np.ndarray) -> _Recorded:
         for p in self._parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         before = [p.grad.clone() for p in self._parameters if p.grad is not None]
         inputs = torch.from_numpy(numbers).to(self._device), torch.from_numpy(weights).to(self._device)
         try:
-            self._loss(size, *inputs).backward()  # lazy set-up of libraries must not fall into the recording
+            self._loss(
+                size, longest, blocks, *inputs
+            ).backward()  # lazy set-up of libraries must not fall into the recording
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                loss = self._loss(size, *inputs)
+                loss = self._loss(size, longest, blocks, *inputs)
                 loss.backward()
         finally:
             for p, grad in zip(self._parameters, before, strict=True):
                 p.grad.copy_(grad)  # pyright: ignore[reportOptionalMemberAccess]
         self._pool = graph.pool()
-        return _Recorded(graph, *inputs, loss.detach())
+        return _Recorded(graph, *inputs, loss.detach(), blocks.size)
 
-    def _loss(self, size: Size, numbers: Tensor, weights: Tensor) -> Tensor:
-        counts = (size.tokens, size.tokens, size.path, size.rows, size.rows, size.segments + 1, size.segments + 1)
-        ids, positions, path, ends, answers, segments, paths = numbers.split(counts)
-        order, starts = uses(path, size.tokens)
-        along = Paths(segments.int(), path, paths.int(), order, starts, ends, size.longest_segment, size.longest_path)
-        logits = logits_of(self._model, ids, positions, along)
+    def _loss(self, size: Size, longest: int, of: Blocks, numbers: Tensor, weights: Tensor) -> Tensor:
+        counts = [size.tokens] * 3 + [size.rows] * 2 + [len(of.table)]
+        ids, positions, until, ends, answers, table = numbers.split(counts)
+        paths = Paths(until.int(), ends, longest, table.int(), of.pieces, of.sums, of.parts)
+        logits = logits_of(self._model, ids, positions, paths)
         return (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
 
 

@@ -1,12 +1,14 @@
 """Products with a frozen weight in whatever precision it is held, plus a low-rank update, as single operators.
 
-`plus` computes x W^T + low up^T. W stands as it is, as NF4 (bitsandbytes) or as FP8. Each product is an operator that a
-compiler does not look into, so that the update is added in place: compiled, it would be added to a copy.
+`plus` computes x W^T + low up^T, `plus_back` the gradient of x where several layers took it. W stands as it is, as NF4
+(bitsandbytes) or as FP8. Each product is an operator that a compiler does not look into, so that the update is added in
+place: compiled, it would be added to a copy.
 
 FP8 (e4m3, Micikevicius et al. 2022): weights are scaled by row once, in both layouts, activations and gradients by row
 each time. The update itself stays in bf16. Where there are no FP8 products the same numbers are multiplied in float32.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,17 +38,13 @@ def _(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Ten
 
 
 @torch.library.custom_op("veritune::product_plus_nf4", mutates_args=())
-def product_plus_nf4(
-    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, low: Tensor, up: Tensor, back: bool
-) -> Tensor:
-    """The same with w [n, k] unpacked from NF4 for this product only; `back`: with w^T, so x [T, n] -> [T, k]."""
-    inner, outer = x.shape[1], up.shape[0]
-    w = unpack(packed, absmax, (inner, outer) if back else (outer, inner), x.dtype)
-    return product_plus(x, w.t() if back else w, bias, low, up)
+def product_plus_nf4(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
+    """The same with w [n, k] unpacked from NF4 for this product only."""
+    return product_plus(x, unpack(packed, absmax, (up.shape[0], x.shape[1]), x.dtype), bias, low, up)
 
 
 @product_plus_nf4.register_fake
-def _(x: Tensor, packed: Tensor, absmax: Tensor, bias: Any, low: Tensor, up: Tensor, back: bool) -> Tensor:
+def _(x: Tensor, packed: Tensor, absmax: Tensor, bias: Any, low: Tensor, up: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], up.shape[0])
 
 
@@ -73,6 +71,46 @@ def _(x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Any, low: Tens
     return low.new_empty(x.shape[0], w.shape[0])
 
 
+@torch.library.custom_op("veritune::products_back", mutates_args=())
+def products_back(grads: list[Tensor], ws: list[Tensor], low: Tensor, up: Tensor) -> Tensor:
+    """Sum of grad w over layers, grad [T, n], w [n, k], + low up^T, low [T, r], up [k, r] -> [T, k]."""
+    y = low @ up.t()
+    for grad, w in zip(grads, ws, strict=True):
+        y.addmm_(grad, w)
+    return y
+
+
+@torch.library.custom_op("veritune::products_back_nf4", mutates_args=())
+def products_back_nf4(
+    grads: list[Tensor], packed: list[Tensor], absmax: list[Tensor], low: Tensor, up: Tensor
+) -> Tensor:
+    """The same with each w unpacked from NF4 for its product only."""
+    y = low @ up.t()
+    for grad, values, largest in zip(grads, packed, absmax, strict=True):
+        y.addmm_(grad, unpack(values, largest, (grad.shape[1], up.shape[0]), grad.dtype))
+    return y
+
+
+@torch.library.custom_op("veritune::products_back_fp8", mutates_args=())
+def products_back_fp8(
+    grads: list[Tensor], scales: list[Tensor], ws: list[Tensor], w_scales: list[Tensor], low: Tensor, up: Tensor
+) -> Tensor:
+    """The same with grads and w^T [k, n] in FP8 and their scales; -> low's dtype."""
+    each = zip(grads, scales, ws, w_scales, strict=True)
+    first, *others = (product_fp8(grad, scale, w, w_scale, None, low.dtype) for grad, scale, w, w_scale in each)
+    for other in others:
+        first.add_(other)
+    return first.addmm_(low, up.t())
+
+
+for _name in ("products_back", "products_back_nf4", "products_back_fp8"):
+
+    @torch.library.register_fake(f"veritune::{_name}")
+    def _(grads: list[Tensor], *others: Any) -> Tensor:
+        low, up = others[-2:]
+        return low.new_empty(low.shape[0], up.shape[0])
+
+
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [rows, k] in FP8, and each row's scale in float32 [rows, 1]."""
     # 448 is e4m3's largest number, here as a literal: torch 2.11's compiler fails on a constant of the module.
@@ -85,17 +123,22 @@ def plus(kind: Kind, x: Tensor, frozen: tuple[Tensor, ...], bias: Tensor | None,
     if kind == "plain":
         return product_plus(x, frozen[0], bias, low, up)
     if kind == "nf4":
-        return product_plus_nf4(x, frozen[0], frozen[1], bias, low, up, False)
+        return product_plus_nf4(x, frozen[0], frozen[1], bias, low, up)
     return product_plus_fp8(*quantise_rows(x), frozen[0], frozen[1], bias, low, up)
 
 
-def plus_back(kind: Kind, grad: Tensor, frozen: tuple[Tensor, ...], low: Tensor, up: Tensor) -> Tensor:
-    """grad W + low up^T: the gradient of x. grad [T, n], low [T, r], up [k, r] -> [T, k]."""
+def plus_back(
+    kind: Kind, grads: Sequence[Tensor], frozen: Sequence[Sequence[Tensor]], low: Tensor, up: Tensor
+) -> Tensor:
+    """Sum of grad W over layers, + low up^T: the gradient of what they all took. grad [T, n], low [T, r], up [k, r] ->
+    [T, k]."""
+    held = [list(parts) for parts in zip(*frozen, strict=True)]
     if kind == "plain":
-        return product_plus(grad, frozen[0].t(), None, low, up)
+        return products_back(list(grads), held[0], low, up)
     if kind == "nf4":
-        return product_plus_nf4(grad, frozen[0], frozen[1], None, low, up, True)
-    return product_plus_fp8(*quantise_rows(grad), frozen[2], frozen[3], None, low, up)
+        return products_back_nf4(list(grads), *held, low, up)
+    values, scales = (list(parts) for parts in zip(*map(quantise_rows, grads), strict=True))
+    return products_back_fp8(values, scales, *held[2:], low, up)
 
 
 class _Fp8(torch.autograd.Function):

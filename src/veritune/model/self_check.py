@@ -39,8 +39,13 @@ def check_paths(base: Base, max_length: int) -> str | None:
     return base.checked[max_length]
 
 
-def slower(base: Base, max_length: int, reason: str) -> str:
-    """What a user is told of a model that paths do not express."""
+def slower(base: Base, max_length: int) -> str | None:
+    """What a user is told of a model that paths do not express, and of a GPU on which they are slow."""
+    reason = base.checked[max_length]
+    if reason is None:
+        fast = base.device.type == "cuda" and base.precision != "fp32"
+        kernels = attention.problem_of_kernels() if fast else None
+        return kernels and f"attention is computed by plain products, which is slower, because {kernels}"
     how = {"padded": "rows do not share their beginnings", "single": "rows are computed one by one"}
     return f"{base.path}: {how[base.ways[max_length]]}, which is slower, because {reason}"
 

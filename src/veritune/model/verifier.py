@@ -95,9 +95,9 @@ class Verifier:
         loaded = load.load_base(settings)
         load.check_length(loaded, about.frame.max_length)
         check_answers(about.frame, loaded.tokenizer)
-        reason = self_check.check_paths(loaded, about.frame.max_length)
-        if reason:
-            warn(self_check.slower(loaded, about.frame.max_length, reason))
+        self_check.check_paths(loaded, about.frame.max_length)
+        if slower := self_check.slower(loaded, about.frame.max_length):
+            warn(slower)
         # An adapter trained on FP8 weights has learnt to live with just their rounding.
         fits = precision == "bf16" or (precision == "fp8" and about.precision != "fp8")
         if merge is None and not (found.type == "cuda" and fits):

@@ -1,8 +1,9 @@
 """Rows that share a beginning share its tokens: many rows become one token trie.
 
-A batch is a radix tree over the rows' ids. Each edge is a segment, stored once; a row is the path from the root to its
-last token. A segment's tokens attend to its path: the tokens of its ancestors, then itself, causally. Everything else
-in a transformer works token by token and needs only `ids` and `positions`.
+A batch is a radix tree over the rows' ids, its tokens stored once each, depth first: a row is the path from the root to
+its last token. A token sees the tokens of its path up to itself; in this order, token i sees token j exactly if
+j <= i < until[j], where until[j] is one past the last token below j. Everything else in a transformer works token by
+token and needs only `ids` and `positions`.
 """
 
 from collections.abc import Sequence
@@ -16,24 +17,21 @@ MIN_SHARED = 8  # fewer shared tokens than this are not worth a segment of their
 
 @dataclass(frozen=True)
 class Trie:
-    """A batch of rows as arrays. T tokens, S segments, P = the sum of all path lengths, N rows.
-
-    Segment s holds tokens `segments[s]:segments[s+1]` and attends to the tokens `path[paths[s]:paths[s+1]]`, whose last
-    ones are its own.
-    """
+    """A batch of rows as arrays: T tokens, N rows."""
 
     ids: np.ndarray  # int64 [T]
     positions: np.ndarray  # int64 [T]: how deep a token stands in its rows
-    segments: np.ndarray  # int32 [S + 1]
-    path: np.ndarray  # int64 [P]
-    paths: np.ndarray  # int32 [S + 1]
+    until: np.ndarray  # int32 [T]: one past the last token that sees this one
     ends: np.ndarray  # int64 [N]: each row's last token, in the order the rows were given
-    longest_segment: int
-    longest_path: int
 
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.positions.max()) + 1
 
 
 def order(rows: Sequence[np.ndarray]) -> list[int]:
@@ -55,41 +53,39 @@ def build(rows: Sequence[np.ndarray], min_shared: int = MIN_SHARED) -> Trie:
     common = [shared(rows[a], rows[b]) for a, b in pairwise(by_ids)]
     pieces: list[np.ndarray] = []
     depths: list[np.ndarray] = []
-    path_of: list[np.ndarray] = []
+    untils: list[int] = []
     ends = np.zeros(len(rows), dtype=np.int64)
     size = 0
-    # (first, last + 1) of a run of sorted rows, the depth they share already, and the tokens of that path
-    todo: list[tuple[int, int, int, np.ndarray]] = [(0, len(rows), 0, np.zeros(0, dtype=np.int64))]
+    # (first, last + 1) of a run of sorted rows, and the depth they share already; or a piece whose rows are all stored
+    todo: list[tuple[int, int, int] | int] = [(0, len(rows), 0)]
     while todo:
-        low, high, depth, path = todo.pop()
+        now = todo.pop()
+        if isinstance(now, int):
+            untils[now] = size
+            continue
+        low, high, depth = now
         row = rows[by_ids[low]]
         until = min((*common[low : high - 1], len(row)))
         if until > depth:
+            todo.append(len(pieces))
             pieces.append(row[depth:until])
             depths.append(np.arange(depth, until))
-            path = np.concatenate((path, np.arange(size, size + until - depth)))
-            path_of.append(path)
+            untils.append(0)
             size += until - depth
         while low < high and len(rows[by_ids[low]]) == until:
-            ends[by_ids[low]] = path[-1]
+            ends[by_ids[low]] = size - 1
             low += 1
         start, children = low, []
         for i in range(low + 1, high + 1):
             if i == high or common[i - 1] < min(until + min_shared, len(rows[by_ids[i - 1]]), len(rows[by_ids[i]])):
-                children.append((start, i, until, path))
+                children.append((start, i, until))
                 start = i
         todo += reversed(children)
-    lengths = [len(piece) for piece in pieces]
-    path_lengths = [len(path) for path in path_of]
     return Trie(
         ids=np.concatenate(pieces).astype(np.int64),
         positions=np.concatenate(depths).astype(np.int64),
-        segments=np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
-        path=np.concatenate(path_of),
-        paths=np.concatenate(([0], np.cumsum(path_lengths))).astype(np.int32),
+        until=np.repeat(untils, [len(piece) for piece in pieces]).astype(np.int32),
         ends=ends,
-        longest_segment=max(lengths),
-        longest_path=max(path_lengths),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import config
 from ..model.shape import Shape
+from ..tokens.blocks import blocks_of
 from ..tokens.trie import build, split
 from .memory import CONTEXT, GIB, SLACK, Batch, Job, Peak, peak
 from .speed import CARDS, Card, seconds
@@ -27,9 +28,10 @@ class Mix:
     """Of the largest step, shared ones once."""
     longest: int
     """Tokens of the longest row, which is never cut."""
-    entries: float
-    """Path entries for each token of a micro-batch."""
-    segments: float
+    reach: float
+    """Tokens that a token sees, on average."""
+    parts: float
+    """See `tokens.blocks.Blocks`; these and the rows for each token of a micro-batch."""
     rows: float
 
 
@@ -58,14 +60,14 @@ def mix(steps: Sequence[Sequence[np.ndarray]], *, shared: bool = True) -> Mix:
     longest = max(len(row) for rows in steps for row in rows)
     if not shared:
         tokens = max(sum(map(len, rows)) for rows in steps)
-        return Mix(tokens, longest, entries=1, segments=1 / longest, rows=1 / longest)
+        return Mix(tokens, longest, reach=longest / 2, parts=0, rows=1 / longest)
     parts = [[build([rows[i] for i in part]) for part in split(rows, MOST_TOKENS)] for rows in steps]
     tries = list(chain.from_iterable(parts))
     return Mix(
         tokens=max(sum(trie.tokens for trie in part) for part in parts),
         longest=longest,
-        entries=max(len(trie.path) / trie.tokens for trie in tries),
-        segments=max((len(trie.segments) - 1) / trie.tokens for trie in tries),
+        reach=max(float(trie.positions.mean()) + 1 for trie in tries),
+        parts=max(blocks_of(trie.until).parts / trie.tokens for trie in tries),
         rows=max(len(trie.ends) / trie.tokens for trie in tries),
     )
 
@@ -134,4 +136,4 @@ def _even(of: Mix, parts: int) -> int:
 
 
 def _batch(of: Mix, tokens: int) -> Batch:
-    return Batch(tokens, int(of.entries * tokens), int(of.segments * tokens) + 1, int(of.rows * tokens) + 1)
+    return Batch(tokens, of.reach, int(of.parts * tokens) + 1, int(of.rows * tokens) + 1)

@@ -5,12 +5,13 @@
 
 What autograd keeps was read off the layers (`tests/training/test_memory.py` traces real ones and compares); what the
 libraries take was measured. All constants stand in the tables below; `benchmarks/memory_grid.py` compares them with a
-GPU. T: tokens of a micro-batch; P: entries of all its paths; sizes in bytes.
+GPU. Sizes in bytes.
 """
 
 from dataclasses import dataclass
 
 from ..model.shape import Shape
+from ..tokens.blocks import BLOCK
 
 MIB, GIB = 2**20, 2**30
 LIBRARIES = 80 * MIB
@@ -67,13 +68,14 @@ MLP = {"plain": Widths(hidden=1, inner=2), "compiled": Widths(hidden=1, inner=2)
 """The gradients that live beside that while the last product of a layer's MLP goes back."""
 
 FINAL_NORM = Widths(wide=6)
-"""The same for the norm after the last layer, which is never compiled; a narrow last layer leaves it the label rows."""
+"""The same for the norm after the last layer, its input included, which is never compiled. A narrow last layer leaves
+it the label rows, and its own first norm is such a one."""
 
 LAST = Widths(hidden=1, wide=1, query=2, key=2, low=1, sums=1)
 """What autograd keeps of a narrow last layer, which is never compiled either: its attention's part."""
 
 ATTENTION = Widths(hidden=1, query=2)
-"""The same for attention, less paths: the gradients of its output and of the queries."""
+"""The same for attention, less that of keys: the gradients of its output and of the queries."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ class Batch:
     """The size of a micro-batch."""
 
     tokens: int
-    entries: int
-    """The lengths of all paths summed; see `tokens.trie.Trie`."""
-    segments: int
+    reach: float
+    """Tokens that a token sees, on average."""
+    parts: int
+    """See `tokens.blocks.Blocks`."""
     rows: int
 
 
@@ -128,26 +131,29 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     copies = (element if element < 4 else 0) * trained / shape.layers  # of A and B, which products use
     kept = kept_bytes(shape, job, batch.tokens) + copies
     mlp = Widths(hidden=KEPT[mode].hidden / 2, wide=KEPT[mode].wide / 2, inner=KEPT[mode].inner)
-    attention = size(ATTENTION) - size(mlp) + _paths(shape, batch, element)
+    attention = size(ATTENTION) - size(mlp) + _keys(shape, batch, element)
     backward = max(size(MLP[mode]), attention)
-    readout = batch.rows * shape.vocabulary * (element + 3 * 4)
+    readout = batch.rows * shape.vocabulary * 3 * 4
     whole = shape.layers - recomputed
     # The inputs of recomputed layers; a narrow last one needs less than those before it, so its own is free by then.
     boundaries = (recomputed - (shape.narrow and not whole)) * batch.tokens * element * shape.hidden
     first = size(FIRST[mode]) if not recomputed else 0
     # The top of the backward pass; the last layer that kept all; one that was computed again.
     if shape.narrow and whole:
-        top = (whole - 1) * kept + size(LAST) + copies
-        highest = max(readout, size(ATTENTION) + _paths(shape, batch, element))
         whole -= 1
+        below = whole * kept + copies
+        moments = [
+            (below + size(LAST) - first, max(readout, size(ATTENTION) + _keys(shape, batch, element))),
+            (below - first, size(FINAL_NORM) + size(Widths(hidden=1))),
+        ]
     else:
-        top, highest = whole * kept, max(0 if shape.narrow else size(FINAL_NORM), readout)
-    moments = [(top - first, highest), (max(whole, 1) * kept - first, backward)]
+        moments = [(whole * kept - first, max(0 if shape.narrow else size(FINAL_NORM), readout))]
+    moments.append((max(whole, 1) * kept - first, backward))
     of_layers, working = max(moments, key=sum)
     if job.precision == "nf4":
         working += 2 * shape.largest
     rotary = 2 * batch.tokens * element * shape.head_dim
-    indices = 24 * batch.tokens + 16 * batch.entries
+    indices = 24 * batch.tokens
     return Peak(
         weights=WEIGHT[job.precision] * shape.inside + element * shape.outside,
         adapter=trained * (4 + 4 + STATE[job.optimizer]),  # parameters and gradients are float32
@@ -174,10 +180,8 @@ def _size(shape: Shape, job: Job, tokens: int, widths: Widths) -> float:
     )  # fmt: skip
 
 
-def _paths(shape: Shape, batch: Batch, element: int) -> float:
-    """What the backward pass of attention along paths allocates: keys, values and their gradients gathered along all
-    paths, the gradients once more for every query head where heads share keys; FlashAttention 2's float32 gradient of
-    the queries, padded by up to 128 tokens a segment."""
-    spread = 2 * shape.queries if shape.heads != shape.key_heads else 0
-    padded = batch.tokens + 128 * batch.segments
-    return batch.entries * element * (4 * shape.keys + spread) + 4 * padded * (shape.queries + shape.heads)
+def _keys(shape: Shape, batch: Batch, element: int) -> float:
+    """What the backward pass of attention allocates for keys and values: their gradients, the parts of those of which
+    many blocks see in float32, and one number for each query."""
+    own = 2 * element * batch.tokens * shape.keys + 4 * batch.tokens * shape.heads
+    return own + 2 * 4 * batch.parts * BLOCK * shape.keys

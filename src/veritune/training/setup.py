@@ -31,9 +31,9 @@ def prepare(
         load.check_length(base, run.prompt.max_length)
         words = prompt.render(run.prompt, base.tokenizer)
         rows_encoder = replace(encoder(words, base.tokenizer), known=base.ids)
-        reason = self_check.check_paths(base, run.prompt.max_length)
-    if reason:
-        console.print(self_check.slower(base, run.prompt.max_length, reason), style="yellow", markup=False)
+        self_check.check_paths(base, run.prompt.max_length)
+    if slower := self_check.slower(base, run.prompt.max_length):
+        console.print(slower, style="yellow", markup=False)
     start = run.train.start_from if not begun_from_nothing(run) else None
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -64,8 +64,7 @@ def seconds(shape: Shape, job: Job, batch: Batch, recomputed: int, card: Card) -
     again = recomputed / shape.layers
     # A forward pass, the input's gradient, and the part computed again; the adapter has its own gradients too.
     products = batch.tokens * (2 * shape.inside * (2 + again) + 2 * shape.trained(job.targets, job.rank) * (3 + again))
-    reach = batch.entries / batch.segments / 2
-    products += batch.tokens * 4 * shape.layers * shape.queries * reach * (3.5 + again)
+    products += batch.tokens * 4 * shape.layers * shape.queries * batch.reach * (3.5 + again)
     rate = card.rate * 1e12 * SHARE[mode] * GAIN[job.precision]
     layer = kept_bytes(shape, job, batch.tokens)
     traffic = shape.layers * layer * PASSES[mode] * (1 + again / 2)
