@@ -95,7 +95,7 @@ def main() -> None:
     of = until, table, blocks.pieces, blocks.sums, blocks.parts
     right = (flash()[0], *flash_back())
     for warps, stages in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3)):
-        with patch.object(trie_kernels, "_warps", lambda _, n=warps: n), patch.object(trie_kernels, "STAGES", stages):
+        with patch.multiple(trie_kernels, WARPS=warps, STAGES=stages):
             out, logs = trie_kernels.forward(q, k, v, until, table, scale)
             found = (out, *trie_kernels.backward(grad, q, k, v, out, logs, *of, scale))
             off = max(float((x - y).norm() / y.norm()) for x, y in zip(found, right, strict=True))

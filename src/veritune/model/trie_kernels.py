@@ -15,8 +15,9 @@ from torch import Tensor
 from ..tokens.blocks import BLOCK
 
 LOG2E = 1.4426950408889634
-STAGES = 2
-"""Blocks that a program has on their way at once."""
+WARPS, STAGES = 4, 2
+"""Warps of a program, and blocks that it has on their way at once: of six pairs on an H100 the fastest for heads of
+128, and within 4 % of it for heads of 64 (benchmarks/attention.py)."""
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, scale
     columns = triton.next_power_of_2(width)
     _forward[triton.cdiv(tokens, BLOCK), heads](  # pyright: ignore
         q, k, v, until, table, out, logs, tokens, scale * LOG2E, heads, heads // k.shape[1], width, columns, BLOCK,
-        num_warps=_warps(columns), num_stages=STAGES,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out, logs
 
@@ -167,7 +168,7 @@ def backward(
     key_heads, columns = k.shape[1], triton.next_power_of_2(width)
     blocks = triton.cdiv(tokens, BLOCK)
     sizes = heads, heads // key_heads, width, columns, BLOCK
-    how = {"num_warps": _warps(columns), "num_stages": STAGES}
+    how = {"num_warps": WARPS, "num_stages": STAGES}
     dq, dk, dv, along = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(logs)
     part_k, part_v = (q.new_empty((parts * BLOCK, key_heads, width), dtype=torch.float32) for _ in range(2))
     _backward_queries[blocks, heads](  # pyright: ignore
@@ -182,8 +183,3 @@ def backward(
         num_warps=4,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def _warps(columns: int) -> int:
-    """With fewer, heads of 128 do not fit into a program's registers."""
-    return 4 if columns <= 64 else 8
