@@ -1,12 +1,13 @@
 """Training speed of veritune's peers on the rows of workload.py: each in its own process, given its best.
 
-    python benchmarks/peers.py make DIR                              the 8B shape with random weights, as a model folder
+    python benchmarks/peers.py make DIR [--weights GGUF]            a model folder, an untrained adapter in DIR/adapter
     python benchmarks/peers.py trl ROWS.npz DIR --bits 4|16 --batch N [--recompute] [--losses FILE --adapter FOLDER]
     python benchmarks/peers.py unsloth ROWS.npz DIR --bits 4|16 --batch N
 
-Rows come as padded batches of whole rows in veritune's order (8 solutions of a question side by side), each with one
-label token; with `--by-length` in batches of rows of like length, so that little is padding, dealt evenly to the
-windows. Prints a RESULT line: examples/s is the median of three windows after warm-up.
+Without `--weights` the model is the 8B shape with random ones. Rows come as padded batches of whole rows in veritune's
+order (8 solutions of a question side by side), each with one label token; with `--by-length` in batches of rows of like
+length, so that little is padding, dealt evenly to the windows. Prints a RESULT line: examples/s is the median of three
+windows after warm-up.
 Needs trl and datasets, and for Unsloth an environment with it.
 """
 
@@ -25,20 +26,28 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_DISABLED="true", UNSLOTH_DISABLE_STA
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make(folder: Path) -> None:
-    """The 8B shape as transformers saves it, with a tokenizer that nothing is asked of."""
+def make(folder: Path, weights: str | None) -> None:
+    """A model as transformers saves it, with a tokenizer that nothing is asked of, and an adapter to start from."""
     import torch
     from tokenizers import Tokenizer, models
     from train_speed import random_base
     from transformers import PreTrainedTokenizerFast
 
-    random_base("8b", torch.device("cuda"), "bf16").model.save_pretrained(folder, max_shard_size="4GB")
+    from veritune import config
+    from veritune.model import adapter, load
+
+    if weights:
+        base = load.load_base(config.Model(path=weights, base="bf16"))
+    else:
+        base = random_base("8b", torch.device("cuda"), "bf16")
+    base.model.save_pretrained(folder, max_shard_size="4GB")
     words = {"<unk>": 0, "<pad>": 128004, "<eos>": 128009, "<bos>": 128000}
-    tok = PreTrainedTokenizerFast(
+    tok = base.tokenizer or PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
         **{f"{name}_token": f"<{name}>" for name in ("unk", "pad", "eos", "bos")},
     )
     tok.save_pretrained(folder)
+    adapter.add_adapter(base, config.Lora(), seed=0).save_pretrained(folder / "adapter")
 
 
 WINDOWS = 3
@@ -176,6 +185,11 @@ def unsloth(o: argparse.Namespace) -> None:
         model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=TARGETS,
         use_gradient_checkpointing="unsloth" if o.recompute else False, random_state=0,
     )  # fmt: skip
+    if o.adapter:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(Path(o.adapter) / "adapter_model.safetensors"))
     how = " recomputed" * o.recompute
     train(model, tok, o, f"Unsloth {'nf4' if o.bits == 4 else 'bf16'}{how}", started)
 
@@ -183,7 +197,9 @@ def unsloth(o: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("make").add_argument("folder", type=Path)
+    verb = verbs.add_parser("make")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("--weights", help="a GGUF, instead of random weights")
     for name in ("trl", "unsloth"):
         verb = verbs.add_parser(name)
         verb.add_argument("rows", type=Path)
@@ -200,7 +216,7 @@ def main() -> None:
         verb.add_argument("--losses", type=Path)
     o = parser.parse_args()
     if o.verb == "make":
-        make(o.folder)
+        make(o.folder, o.weights)
     elif o.verb == "trl":
         trl(o)
     else:

@@ -2,9 +2,11 @@
 
     python benchmarks/side_by_side.py ROWS.npz --model DIR --groups bf16 nf4 --out DIR [--timeout 120]
 
-ROWS comes from workload.py, DIR from `peers.py make`; for the group `small`, real weights: a folder of SmolLM2-135M or
-Qwen2.5-Coder-0.5B and rows of its tokenizer. Every engine runs in its own process; one that fails or takes too long is
-a line that says so. Ratios are of prompt tokens a second, every row counted in full, to the fastest peer of the group.
+ROWS comes from workload.py, DIR from `peers.py make`; for the groups `small` and `losses`, real weights: a folder of
+SmolLM2-135M or Qwen2.5-Coder-0.5B and rows of its tokenizer. Every engine runs in its own process; one that fails or
+takes too long is a line that says so. What has a result in OUT is not run again, so groups can be run in several calls
+(`--only` picks engines). Ratios are of prompt tokens a second, every row counted in full, to the fastest peer of the
+group. `losses` prints each engine's losses over the same steps from the same adapter.
 """
 
 import argparse
@@ -23,38 +25,44 @@ SCORE = ["score_speed.py"]
 
 def peers(bits: int, *more: str, batches: tuple[int, ...]) -> list[list[str]]:
     """TRL and Unsloth with each number of rows at once."""
-    return [
-        [*engine, "--bits", str(bits), "--batch", str(batch), "--steps", "9", *more]
-        for engine in (TRL, UNSLOTH)
-        for batch in batches
-    ]
+    how = ["--bits", str(bits), "--steps", "9", *more]
+    return [[*engine, *how, "--batch", str(batch)] for batch in batches for engine in (TRL, UNSLOTH)]
 
 
+TIMED = [*OURS, "--steps", "2"]
+FROM_ONE = ["{rows}", "--model", "{model}", "--adapter", "{model}/adapter", "--losses", "{log}.json"]
+PEER_FROM_ONE = ["{rows}", "{model}", "--adapter", "{model}/adapter", "--losses", "{log}.json", "--steps", "21"]
 GROUPS: dict[str, list[list[str]]] = {
     "bf16": [
-        [*OURS, "--steps", "2"],
-        [*OURS, "--steps", "2", "--together", "4"],
-        [*OURS, "--steps", "2", "--together", "1"],
-        *peers(16, batches=(8, 16)),
+        TIMED,
+        [*TIMED, "--base", "fp8"],
+        *peers(16, batches=(16,)),
+        [*TIMED, "--together", "1"],
+        [*TIMED, "--together", "4"],
         *peers(16, "--recompute", batches=(32,)),
     ],
     "nf4": [
-        [*OURS, "--steps", "2", "--base", "nf4", "--unpacked"],
-        [*OURS, "--steps", "2", "--base", "nf4"],
-        *peers(4, "--recompute", batches=(16, 32, 64)),
-    ],
-    "fp8": [[*OURS, "--steps", "2", "--base", "fp8"], *peers(16, batches=(16,))],
-    "nf4-40": [
-        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "40", "--unpacked"],
-        *peers(4, "--recompute", "--cap", "40", batches=(16, 32)),
+        [*TIMED, "--base", "nf4", "--unpacked"],
+        *peers(4, "--recompute", batches=(32,)),
+        [*TIMED, "--base", "nf4", "--cap", "40"],
+        [*TIMED, "--base", "nf4"],
+        *peers(4, "--recompute", batches=(64,)),
     ],
     "nf4-15": [
-        [*OURS, "--steps", "2", "--base", "nf4", "--cap", "15"],
-        *peers(4, "--recompute", "--cap", "15", batches=(4, 8)),
+        [*TIMED, "--base", "nf4", "--cap", "15"],
+        *peers(4, "--recompute", "--cap", "15", batches=(8, 16)),
     ],
     "small": [
         [*OURS, "--model", "{model}", "--examples", "64", "--steps", "8", "--graphs"],
-        *[[*TRL, "--batch", str(batch), "--steps", "18"] for batch in (16, 32, 64)],
+        *[[*TRL, "--batch", str(batch), "--steps", "18"] for batch in (32, 16, 64)],
+        [*UNSLOTH, "--batch", "32", "--steps", "18"],
+    ],
+    "losses": [
+        ["train_speed.py", *FROM_ONE, "--examples", "16", "--steps", "6"],
+        ["train_speed.py", *FROM_ONE, "--examples", "16", "--steps", "6", "--graphs"],
+        ["train_speed.py", *FROM_ONE, "--examples", "16", "--steps", "6", "--base", "fp8"],
+        ["peers.py", "trl", *PEER_FROM_ONE, "--batch", "16"],
+        ["peers.py", "unsloth", *PEER_FROM_ONE, "--batch", "16"],
     ],
     "score": [
         [*SCORE, "veritune", "{rows}"],
@@ -70,8 +78,10 @@ GROUPS: dict[str, list[list[str]]] = {
 
 def run(command: list[str], o: argparse.Namespace, group: str, number: int) -> dict:
     """One engine's result, or why there is none."""
-    filled = [part.format(rows=o.rows, model=o.model) for part in command]
     log = o.out / f"{group}-{number}.log"
+    filled = [part.format(rows=o.rows, model=o.model, log=log.with_suffix("")) for part in command]
+    if found := result_of(log):
+        return found
     env = dict(os.environ)
     if "vllm" in filled and o.vllm_path:
         env["PYTHONPATH"] = f"{o.vllm_path}:{HERE}"
@@ -84,8 +94,16 @@ def run(command: list[str], o: argparse.Namespace, group: str, number: int) -> d
         except subprocess.CalledProcessError as error:
             tail = log.read_text(errors="replace").strip().splitlines()[-1:]
             return {"engine": " ".join(filled), "failed": f"exit {error.returncode}: {' '.join(tail)[:200]}"}
-    found = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
-    return json.loads(found[-1].removeprefix("RESULT "))
+    return result_of(log) or {"engine": " ".join(filled), "failed": "no result"}
+
+
+def result_of(log: Path) -> dict | None:
+    """What an engine's log has to say; the losses of its steps too where it wrote them."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    found = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+    if found and log.with_suffix(".json").exists():
+        found[-1]["losses"] = json.loads(log.with_suffix(".json").read_text())
+    return found[-1] if found else None
 
 
 def table(group: str, results: list[dict]) -> str:
@@ -99,6 +117,9 @@ def table(group: str, results: list[dict]) -> str:
         together = f", {r['together']} a question" if "together" in r else ""
         cells = (f"{r['engine']}{together}", r.get("batch", ""), r["examples/s"], f"{r['prompt tokens/s']:,}", ratio)
         lines.append(f"| {' | '.join(map(str, (*cells, r.get('peak GiB') or '', r.get('ready s', ''))))} |")
+    for r in worked:
+        if "losses" in r:
+            lines.append(f"\nlosses of {r['engine']}: {' '.join(f'{x:.3f}' for x in r['losses'])}")
     lines += [f"\nfailed: {r['engine']}: {r['failed']}" for r in results if "failed" in r]
     return "\n".join(lines)
 
@@ -145,7 +166,7 @@ def main() -> None:
             if o.only in " ".join(command):
                 groups[group].append(run(command, o, group, number))
                 print(json.dumps(groups[group][-1]), flush=True)
-                (o.out / "side_by_side.json").write_text(json.dumps(groups, indent=1))
+    (o.out / "side_by_side.json").write_text(json.dumps(groups, indent=1))
     for group, results in groups.items():
         print(table(group, results), flush=True)
     plot(groups, o.out / "side_by_side.png")

@@ -80,15 +80,17 @@ def to_nf4(module: torch.nn.Linear) -> Linear4bit:
     return packed
 
 
-def chosen_budget(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace) -> int:
-    """The micro-batch that veritune would choose for steps of these rows under the cap, nothing computed again."""
+def chosen(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace) -> fit.Fit:
+    """Micro-batch and recomputed layers as veritune would choose them for steps of these rows, under the cap if any."""
     held = "bf16" if o.unpacked else o.base
     job = memory.Job(held, 16, tuple(config.Lora().targets), config.Train().optimizer, not o.eager)
     steps = [rows[i : i + o.examples] for i in range(0, min(len(rows), 8 * o.examples), o.examples)]
-    settings = config.Train(gradient_checkpointing="on" if o.checkpointing else "off")
-    shape, of = Shape.of(base.model.config.to_dict()), fit.mix(steps, shared=True)
-    space = fit.room_of(float("inf"), o.cap)
-    return fit.choose(shape, job, settings, of, space, room.card_of(torch.cuda.get_device_name())).budget
+    settings = config.Train(
+        gradient_checkpointing="on" if o.checkpointing else "auto", micro_batch_tokens=o.micro_batch_tokens
+    )
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    shape, of, space = Shape.of(base.model.config.to_dict()), fit.mix(steps, shared=True), fit.room_of(free, o.cap)
+    return fit.choose(shape, job, settings, of, space, room.card_of(torch.cuda.get_device_name()))
 
 
 def wait(device: torch.device) -> None:
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument("--base", default="bf16")
     parser.add_argument("--together", type=int, default=8)
     parser.add_argument("--examples", type=int, default=128)
-    parser.add_argument("--micro-batch-tokens", type=int, help="with --cap: as veritune would choose; else 16384")
+    parser.add_argument("--micro-batch-tokens", type=int, help="default: as veritune would choose")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="steps in a window")
     parser.add_argument("--checkpointing", action="store_true")
@@ -149,7 +151,6 @@ def main() -> None:
     model = adapter.add_adapter(base, config.Lora(), seed=0, start_from=o.adapter)
     if o.unpacked:
         precision.hold_unpacked(model)
-    load.set_training(model, recomputed=len(load.layers(model)) if o.checkpointing else 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     stepper = optimizer.make(parameters, config.Train())
     text = base.model.config
@@ -158,13 +159,18 @@ def main() -> None:
     starts = np.flatnonzero(np.r_[True, questions[1:] != questions[:-1]])
     picks = np.concatenate([np.arange(s, min(s + o.together, len(rows))) for s in starts])
 
-    if o.micro_batch_tokens is None:
-        o.micro_batch_tokens = chosen_budget(base, [rows[i] for i in picks], o) if o.cap else 16384
+    recomputed = len(load.layers(model)) if o.checkpointing else 0
+    if device.type == "cuda":
+        way = chosen(base, [rows[i] for i in picks], o)
+        o.micro_batch_tokens, recomputed = way.budget, way.recomputed
+        said(f"micro-batches of {way.budget:,} tokens, {recomputed} layers recomputed, "
+             f"{way.peak.total / 2**30:.1f} GiB foreseen")  # fmt: skip
+    load.set_training(model, recomputed=recomputed)
 
     def batch(step: int) -> list:
         at = (step * o.examples) % (len(picks) - o.examples)
         chosen = picks[at : at + o.examples]
-        parts = split([rows[i] for i in chosen], o.micro_batch_tokens)
+        parts = split([rows[i] for i in chosen], o.micro_batch_tokens or 16384)
         return [(build([rows[chosen[i]] for i in p]), torch.from_numpy(labels[chosen[p]])) for p in parts]
 
     losses: list[torch.Tensor] = []
@@ -172,7 +178,7 @@ def main() -> None:
     def step(micros: list) -> torch.Tensor:
         total = torch.zeros((), device=device)
         for trie, y in micros:
-            loss = recorded.backward(trie, y.numpy(), 1 / o.examples) if recorded is not None else None
+            loss = passes.backward(trie, y.numpy(), 1 / o.examples) if passes is not None else None
             if loss is None:
                 loss = label_loss(label_logits(model, trie, device), y.to(device), answers).div(o.examples)
                 loss.backward()
@@ -180,7 +186,7 @@ def main() -> None:
         losses.append(total)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         stepper.step()
-        stepper.zero_grad(set_to_none=recorded is None)
+        stepper.zero_grad(set_to_none=passes is None)
         return norm
 
     count = 3 + o.windows * o.steps
@@ -190,11 +196,11 @@ def main() -> None:
         loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
         problem = compile_layers(model, lambda: gradients(model, loss), precision=o.base)
         said(f"compiled: {problem or 'ok'}")
-    recorded = None
+    passes = None
     if o.graphs:
         trie, y = micros[0][0]
         loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
-        recorded, problem = graphs.record(model, device, answers, trie, y.numpy(), loss, precision=o.base)
+        passes, problem = graphs.record(model, device, answers, trie, y.numpy(), loss, precision=o.base)
         said(f"recorded: {problem or 'ok'}")
     start = time.perf_counter()
     step(micros[0])
@@ -221,7 +227,7 @@ def main() -> None:
     plain = sum(len(rows[i]) for i in picks) / len(picks)
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None
     result = {
-        "engine": f"veritune {o.base}" + " unpacked" * o.unpacked + " recomputed" * o.checkpointing
+        "engine": f"veritune {o.base}" + " unpacked" * o.unpacked + f" {recomputed} layers again" * bool(recomputed)
         + " graphs" * o.graphs, "model": o.model or o.shape, "together": o.together,
         "cap GiB": o.cap, "micro-batch tokens": o.micro_batch_tokens,
         "examples/s": round(speeds[len(speeds) // 2], 1), "tokens/s": round(rates[len(rates) // 2]),
