@@ -40,6 +40,7 @@ GROUPS: dict[str, list[list[str]]] = {
         [*TIMED, "--together", "1"],
         [*TIMED, "--together", "4"],
         *peers(16, "--recompute", batches=(32,)),
+        *peers(16, batches=(8,)),  # what 80 GB have room for
     ],
     "nf4": [
         [*TIMED, "--base", "nf4", "--unpacked"],

@@ -44,6 +44,10 @@ class CheckpointError(VerituneError, OSError):
     """No whole checkpoint could be written or read."""
 
 
+class NoneWholeError(CheckpointError):
+    """There are checkpoints, and none is whole."""
+
+
 class BusyError(VerituneError, BlockingIOError):
     """Another process works at this moment on what only one may."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from veritune import config
-from veritune.model import adapter, attention, load, self_check
+from veritune.model import adapter, attention, graphs, load, self_check
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.verdict import label_loss, logits_of
 from veritune.tokens.blocks import blocks_of
@@ -119,3 +119,19 @@ def test_layers_that_compile_to_something_else_stay_plain(wrong: str, monkeypatc
     assert reason is not None
     assert ("no kernel for this" if wrong == "broken" else "off by") in reason
     assert torch.equal(gradient(made, 1), before)
+
+
+def test_without_memory_to_compare_with_plain_ones_layers_stay_plain() -> None:
+    def compute() -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    made = model()
+    reason = compile_layers(made, compute)
+    assert reason is not None
+    assert "could not be compared with plain ones: CUDA out of memory" in reason
+    assert gradient(made, 1).norm() > 0
+    device, nothing = torch.device("cpu"), np.zeros(0)
+    recorded, reason = graphs.record(made, device, (0, 1), None, nothing, compute)  # pyright: ignore[reportArgumentType]
+    assert recorded is None
+    assert reason is not None
+    assert "could not be compared with plain ones: CUDA out of memory" in reason

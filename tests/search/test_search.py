@@ -126,9 +126,14 @@ def test_a_trial_has_a_name_of_its_own_on_trackers(tmp_path: Path) -> None:
         assert (track.name, track.group) == (its, "s")
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize(("at_once", "damage"), [(1, False), (2, False), (1, True)])
 def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
-    whole: tuple[list[dict[str, Any]], str, Path], data: Path, tiny_folder: Path, tmp_path: Path, at_once: int
+    whole: tuple[list[dict[str, Any]], str, Path],
+    data: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    at_once: int,
+    damage: bool,
 ) -> None:
     values = run_values(tmp_path / "run", data, tiny_folder)
     short = config.build(config.Run, {**values, "session": {"hours": 1e-4}}, "test")
@@ -141,7 +146,12 @@ def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     assert first == f"{tmp_path}/run-sweep: 3 trials of 48 rows each; searched: train.lr, train.optimizer"
     page.report([tmp_path / "run-sweep"], tmp_path / "r.html")  # with no trial that has ended
     assert {trial["state"] for trial in read(tmp_path / "run-sweep")} == {"waiting"}
-    found, _, _ = swept(values)
+    if damage:  # the only checkpoint of the first trial
+        saved = tmp_path / "run-sweep" / "trials" / "0000" / "checkpoints" / "step-00000001"
+        saved.mkdir(parents=True)
+        (saved / "manifest.json").write_text("{}")
+    found, _, folder = swept(values)
+    assert ("begins again" in (folder / "trials" / "0000.log").read_text()) is damage
     keys = ("params", "loss", "auroc", "state")
     assert [[trial[key] for key in keys] for trial in found] == [[trial[key] for key in keys] for trial in whole[0]]
 

@@ -32,15 +32,18 @@ def compile_layers(
 
     `compute` gives what must stay the same, as one tensor: the gradients of a loss of a few real rows (random ones will
     not do, since bf16 gradients are then mostly rounding), or their logits. Returns None, or why the layers stay plain:
-    what compiling raised, or how far `compute` is off. Layers that an earlier run in this process has compiled are used
-    as they are.
+    what compiling raised, how far `compute` is off, or that memory did not suffice to tell. Layers that an earlier run
+    in this process has compiled are used as they are.
     """
     # The last layer is code of its own where it is narrow, and compiling that would take longer than it gains.
     alike = [layer for layer in layers(model) if not isinstance(layer, NarrowLayer)]
     if all(layer._compiled_call_impl is not None for layer in alike):
         return None
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
-    plain = compute()
+    try:
+        plain = compute()
+    except torch.OutOfMemoryError as error:
+        return f"they could not be compared with plain ones: {first_line(error)}"
     _take_gradients(model.get_input_embeddings())
     for layer in alike:
         layer.compile(dynamic=True)

@@ -158,7 +158,10 @@ def record(
     """Graphs of a model, if the first one gives the gradients of `plain()`, a loss of the same few real rows; or None
     and why not. Leaves `grad` at zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    expected = gradients(model, plain)
+    try:
+        expected = gradients(model, plain)
+    except torch.OutOfMemoryError as error:
+        return None, f"they could not be compared with plain ones: {first_line(error)}"
     graphs = Graphs(model, device, answer_ids)
     try:
         graphs.backward(trie, labels, 1.0)

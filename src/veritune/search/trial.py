@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from .. import config
-from ..errors import ConfigError, DataError, ModelError, NonFiniteError, RoomError, first_line
+from ..errors import ConfigError, DataError, ModelError, NoneWholeError, NonFiniteError, RoomError, first_line
 from ..model import load
 from ..trackers import follow
 from ..training import status
@@ -203,7 +204,13 @@ def outcome(
     """Trains, and says how that ended and, if it did not go to its end, why."""
     try:
         its = settings_of(run, board.settings, taken.params, rows, folder)
-        train(its, console, base, watch=watcher, adapters=False)
+        again = partial(train, its, console, base, watch=watcher, adapters=False)
+        try:
+            again()
+        except NoneWholeError as error:  # of an earlier worker: a trial is short, and need not wait for somebody
+            console.print(f"{error}\nThis trial begins again.", style="yellow", markup=False)
+            shutil.rmtree(folder / "checkpoints")
+            again()
     except Pruned as reason:
         status.end(folder, "stopped", f"pruned {reason}")
         return "pruned", None

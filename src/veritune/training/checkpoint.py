@@ -33,7 +33,7 @@ from ..durable import (
     settle,
     write_folder,
 )
-from ..errors import CheckpointError
+from ..errors import NoneWholeError
 from . import replica as replicas
 from .pack import STATE, SUFFIX, Groups, pack, safetensors_parts
 
@@ -61,7 +61,7 @@ def place(folder: Path, step: int) -> Path:
 def load_latest(folder: Path, *, warn: Warn = _warn) -> Saved | None:
     """The newest whole checkpoint of a folder, or None if there is none at all.
 
-    Every damaged one on the way is named through `warn`. Raises CheckpointError if there are some and none is whole.
+    Every damaged one on the way is named through `warn`. Raises NoneWholeError if there are some and none is whole.
     """
     wrong = []
     for step, path in reversed(settled(folder)):
@@ -71,7 +71,7 @@ def load_latest(folder: Path, *, warn: Warn = _warn) -> Saved | None:
             wrong.append(f"{path}: {reason}")
             warn(f"checkpoint {wrong[-1]}. Trying the one before it.")
     if wrong:
-        raise CheckpointError(
+        raise NoneWholeError(
             "no checkpoint is whole: " + "; ".join(wrong) + ". Put back a whole one (from a replica or a backup), "
             f"or delete the folder {folder} to start from the beginning."
         )
