@@ -190,6 +190,23 @@ def test_waiting_for_one_that_does_not_answer_has_an_end(tmp_path: Path, monkeyp
     assert found[1] is None
 
 
+def test_who_stops_leaves_no_threads_of_gloo(tmp_path: Path) -> None:
+    code = (
+        "import torch.distributed as dist\nfrom veritune.training.distributed import join\n"
+        "try:\n    with join('cpu'):\n        raise KeyboardInterrupt\n"
+        "except KeyboardInterrupt:\n    print(dist.is_initialized())"
+    )
+    env = {**os.environ, "WORLD_SIZE": "2", STORE: str(tmp_path / "store")}
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env=env | {"RANK": rank}, stdin=pipe, stdout=pipe, text=True)
+        for rank in "01"
+    ]
+    assert [process.stdout.read() for process in both if process.stdout] == ["False\n", "False\n"]
+    for process in both:  # whose standard input stays open until here: its end would end them
+        process.communicate()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(distributed.load, "pick_device", lambda name: torch.device("cuda", 0))

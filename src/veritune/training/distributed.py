@@ -167,6 +167,10 @@ def join(device: str) -> Iterator[World]:
         if not world.first and not isinstance(error, PeerError):
             world.store.set(ENDED, f"rank {rank}: {error or type(error).__name__}".encode())
         raise  # without taking leave of the others, who may never answer
+    except KeyboardInterrupt:
+        if backend == "gloo":  # its threads can abort an interpreter that ends before them; NCCL might wait for others
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 
