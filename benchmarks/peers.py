@@ -113,7 +113,8 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
     settings = SFTConfig(
         output_dir="/tmp/peer", per_device_train_batch_size=o.batch, max_steps=o.steps, learning_rate=2e-4,
         lr_scheduler_type="constant", use_cpu=not on_gpu, optim=o.optim, bf16=on_gpu, warmup_steps=0,
-        gradient_checkpointing=o.recompute, logging_steps=1, save_strategy="no", report_to=[], max_length=2048,
+        gradient_checkpointing=o.recompute, logging_steps=1, save_strategy="no", report_to=[],
+        max_length=max(2048, *map(len, rows["input_ids"])),
         gradient_checkpointing_kwargs={"use_reentrant": False} if o.recompute else None, packing=False,
         disable_tqdm=True, max_grad_norm=1.0, dataset_kwargs={"skip_prepare_dataset": True},
         **({"use_liger_kernel": True} if o.liger else {}),
