@@ -135,3 +135,9 @@ def test_without_memory_to_compare_with_plain_ones_layers_stay_plain() -> None:
     assert recorded is None
     assert reason is not None
     assert "could not be compared with plain ones: CUDA out of memory" in reason
+
+
+def test_a_trie_beyond_a_recorded_size_is_not_recorded() -> None:
+    made = model()
+    rows = build([np.arange(4096, dtype=np.int32) % 300])  # one row that takes more parts than its size has room for
+    assert graphs.Graphs(made, torch.device("cpu"), (7, 11)).backward(rows, np.array([True]), 1.0) is None

@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the flash path, compiled and not, against stock transformers + PEFT row by row, in bf16."""
+"""On a CUDA GPU: trie attention, compiled and not, against stock transformers + PEFT row by row, in bf16."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "compiled"), [(4, 4, False), (8, 2, False), (8, 2, True)])
-def test_flash_paths_and_compiled_layers_learn_what_stock_learns(heads, key_heads, compiled):
+def test_trie_attention_and_compiled_layers_learn_what_stock_learns(heads, key_heads, compiled):
     given, device = rows(), torch.device("cuda")
     labels = torch.arange(len(given), device=device) % 3 == 0
     stock_base = make(heads, key_heads)

@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny
 
 from veritune import config
-from veritune.model import adapter, load, lora, self_check
+from veritune.model import adapter, compiled, load, lora, self_check
 from veritune.model.verdict import label_logits
 from veritune.tokens.trie import build
 
@@ -64,3 +64,24 @@ def test_another_input_is_computed_by_itself_and_an_error_leaves_nothing_behind(
     attention.v_proj(other)
     assert attention.q_proj.group.input is None
     assert attention.q_proj.group.found == ()
+
+
+def test_a_pass_that_ends_in_an_error_between_two_of_them_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    second: Any = load.layers(model)[1].mlp
+    act = second.act_fn.forward  # called between gate and up
+
+    def full(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(second.act_fn, "forward", full)
+    rows = build([np.arange(20, dtype=np.int32)])
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled.gradients(model, lambda: label_logits(model, rows, torch.device("cpu")).sum())
+    assert second.gate_proj.group.found == ()
+    monkeypatch.setattr(second.act_fn, "forward", act)
+    second.gate_proj(torch.ones(1, 7, second.gate_proj.in_features))
+    assert second.gate_proj.group.found != ()
+    lora.forget(model)
+    assert second.gate_proj.group.found == ()
+    assert second.gate_proj.group.input is None

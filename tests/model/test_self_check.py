@@ -81,7 +81,7 @@ BEYOND: list[tuple[str, dict[str, Any], str]] = [
     ("falcon", {"drop": NO_HEAD_DIM}, "differ"),
     ("gptj", {"rotary_dim": 8}, "differ"),
     ("bert", {"drop": (*NO_HEAD_DIM, "num_key_value_heads")}, "differ"),
-    ("deepseek_v3", {**MLA, "v_head_dim": 24}, "shape"),
+    ("deepseek_v3", {**MLA, "v_head_dim": 24}, "not as wide"),
     # These turn positions by the longest row of a batch, beyond what the check's short rows show.
     ("phi3", {"rope_parameters": LONG_ROTARY, "original_max_position_embeddings": 128}, "longest row"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", **ROTARY, "factor": 2.0}, "max_position_embeddings": 128},
@@ -185,6 +185,22 @@ def test_rounding_is_no_reason(family: str, spread: float) -> None:
     for seed in range(3):
         model = tiny(family, seed=seed, initializer_range=spread, dtype="bfloat16")
         assert self_check.check_paths(base_of(model, "bf16"), MAX_LENGTH) is None
+
+
+def test_a_gpu_whose_kernels_do_not_work_computes_rows_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model stands on the CPU, and is said to be on a GPU with too little shared memory for its heads."""
+    asked: list[Any] = []
+    why = "out of resource: shared memory, Required: 98304, Hardware limit: 65536."
+    monkeypatch.setattr(attention, "problem_of_kernels", lambda *heads: (asked.append(heads), why)[1])
+    on_cpu = lambda model, rows, device, *how, **more: rowwise_logits(model, rows, CPU, *how, **more)  # noqa: E731
+    monkeypatch.setattr(self_check, "rowwise_logits", on_cpu)
+    base = load.Base(tiny("llama", dtype="bfloat16"), None, torch.device("cuda"), "bf16", "tiny")
+    assert why in str(self_check.check_paths(base, MAX_LENGTH))
+    assert asked == [(16, torch.bfloat16)]
+    assert base.ways[MAX_LENGTH] == "padded"
+    assert base.model.config._attn_implementation == base.stock
+    told = str(self_check.slower(base, MAX_LENGTH))
+    assert "rows do not share their beginnings, which is slower, because this GPU's attention kernels do not" in told
 
 
 def test_the_check_leaves_no_witness_behind() -> None:

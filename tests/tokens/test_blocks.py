@@ -55,15 +55,21 @@ def test_the_parts_of_a_block_stand_beside_each_other_and_are_summed_once(seed: 
     assert set(idle) <= {(count, -1)}
 
 
+def size_of(blocks: Blocks) -> tuple[int, ...]:
+    return len(blocks.table), blocks.pieces, blocks.sums, blocks.parts
+
+
 def test_tries_of_one_size_have_lists_of_one_size() -> None:
     tries = [made(seed, 30) for seed in range(6)]
     size = Size(-(-max(trie.tokens for trie in tries) // BLOCK) * BLOCK, 32)
-    assert len({blocks_of(pad(trie, size).until, room=True).size for trie in tries}) == 1
-    one_row = np.full(size.tokens, size.tokens, dtype=np.int32)
-    assert blocks_of(one_row, room=True).size == blocks_of(pad(tries[0], size).until, room=True).size
+    found = [blocks_of(pad(trie, size).until, room=True) for trie in tries]
+    one_row = blocks_of(np.full(size.tokens, size.tokens, dtype=np.int32), room=True)
+    assert len({size_of(it) for it in (*found, one_row)}) == 1
+    assert not any(it.over for it in (*found, one_row, blocks_of(np.ones(1, dtype=np.int32), room=True)))
     long = np.full(8192, 8192, dtype=np.int32)  # 128 blocks that all see all before them: over a thousand parts
     assert blocks_of(long, room=True).parts > 4 * 128
+    assert blocks_of(long, room=True).over
 
 
 def test_there_are_at_least_two_of_each() -> None:
-    assert min(blocks_of(np.ones(1, dtype=np.int32)).size) >= 2
+    assert min(size_of(blocks_of(np.ones(1, dtype=np.int32)))) >= 2

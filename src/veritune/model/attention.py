@@ -37,7 +37,7 @@ class Paths:
     until: Tensor  # int32 [T]
     ends: Tensor  # int64 [rows]
     longest: int  # tokens of the longest row
-    table: Tensor  # int32: that of `Blocks`, for the kernels; empty where they do not work
+    table: Tensor  # int32: that of `Blocks`, for the kernels; empty where there is no GPU
     pieces: int
     sums: int
     parts: int
@@ -47,7 +47,7 @@ def paths_of(trie: Trie, device: torch.device) -> Paths:
     """Moves a trie's paths to a device."""
     move = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
     until, ends = move(trie.until), move(trie.ends)
-    if device.type != "cuda" or problem_of_kernels():
+    if device.type != "cuda":
         return Paths(until, ends, trie.longest, until[:0], 0, 0, 0)
     blocks = blocks_of(trie.until)
     return Paths(until, ends, trie.longest, move(blocks.table), blocks.pieces, blocks.sums, blocks.parts)
@@ -75,6 +75,8 @@ def path_attention(
     asked = [name for name in BEYOND_PATHS if extra.get(name) is not None]
     if asked or dropout:
         raise ModelError(f"its attention uses {', '.join(asked) or 'dropout'}")
+    if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+        raise ModelError("its values are not as wide as its queries")
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     out, _ = attend(q, k, v, paths.until, paths.table, paths.pieces, paths.sums, paths.parts, scale)
@@ -140,18 +142,25 @@ def _fast(q: Tensor, table: Tensor) -> bool:
 
 
 @cache
-def problem_of_kernels() -> str | None:
-    """Why a GPU's kernels do not work: Triton is not there, or cannot compile one, for which it needs a C compiler and
-    Python's headers. None: they do."""
+def problem_of_kernels(width: int, dtype: torch.dtype) -> str | None:
+    """Why a GPU's kernels do not work for heads of so many numbers, tried forward and backward: Triton is not there, or
+    cannot compile one, for which it needs a C compiler and Python's headers, or the GPU has not the shared memory that
+    a wide head takes. None: they do."""
     if not has_triton():
         return "torch comes without Triton here"
     from . import trie_kernels
 
     try:
-        one, until = torch.ones(1, 1, 16, device="cuda", dtype=torch.bfloat16), np.ones(1, dtype=np.int32)
-        table = torch.from_numpy(blocks_of(until).table).cuda()
-        out, _ = trie_kernels.forward(one, one, one, torch.from_numpy(until).cuda(), table, 1.0)
-        return None if bool((out == 1).all()) else "its kernel computes something else"
+        one, until = torch.ones(1, 1, width, device="cuda", dtype=dtype), np.ones(1, dtype=np.int32)
+        blocks, until = blocks_of(until), torch.from_numpy(until).cuda()
+        table = torch.from_numpy(blocks.table).cuda()
+        out, logs = trie_kernels.forward(one, one, one, until, table, 1.0)
+        of = until, table, blocks.pieces, blocks.sums, blocks.parts
+        dq, _, dv = trie_kernels.backward(one, one, one, one, out, logs, *of, 1.0)
+        right = bool((out == 1).all() and (dq == 0).all() and (dv == 1).all())
+        return None if right else "its kernels compute something else"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler that is not there can raise
         return first_line(error)
 

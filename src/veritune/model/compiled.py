@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import first_line
+from . import lora
 from .load import layers
 from .narrow import NarrowLayer
 
@@ -100,4 +101,5 @@ def gradients(model: Any, loss: Callable[[], Tensor]) -> Tensor:
         loss().backward()
         return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
     finally:
+        lora.forget(model)
         model.zero_grad(set_to_none=True)

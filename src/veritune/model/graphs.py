@@ -34,7 +34,6 @@ class _Recorded:
     numbers: Tensor  # int64: ids, positions, until, ends, answers and the table of blocks, one after the other
     weights: Tensor  # float32 [rows]
     loss: Tensor
-    blocks: tuple[int, ...]  # the table's size
 
 
 def launch_bound(model: Any, tokens: int) -> bool:
@@ -95,6 +94,8 @@ class Graphs:
                 return None
         padded = pad(trie, size)
         blocks = blocks_of(padded.until, room=True)
+        if blocks.over:
+            return None
         more = np.zeros(size.rows - len(labels))
         answers = np.concatenate((np.where(labels, *self._answers), more))
         parts = (padded.ids, padded.positions, padded.until, padded.ends, answers, blocks.table)
@@ -111,8 +112,6 @@ class Graphs:
                 self._most = len(self._recorded)  # what is recorded works; this trie is computed the plain way
                 return None
         run = self._recorded[size]
-        if run.blocks != blocks.size:
-            return None
         run.numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
         run.weights.copy_(torch.from_numpy(weights).pin_memory(), non_blocking=True)
         run.graph.replay()
@@ -124,9 +123,8 @@ class Graphs:
         before = [p.grad.clone() for p in self._parameters if p.grad is not None]
         inputs = torch.from_numpy(numbers).to(self._device), torch.from_numpy(weights).to(self._device)
         try:
-            self._loss(
-                size, longest, blocks, *inputs
-            ).backward()  # lazy set-up of libraries must not fall into the recording
+            # Lazy set-up of libraries must not fall into the recording.
+            self._loss(size, longest, blocks, *inputs).backward()
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 loss = self._loss(size, longest, blocks, *inputs)
@@ -135,7 +133,7 @@ class Graphs:
             for p, grad in zip(self._parameters, before, strict=True):
                 p.grad.copy_(grad)  # pyright: ignore[reportOptionalMemberAccess]
         self._pool = graph.pool()
-        return _Recorded(graph, *inputs, loss.detach(), blocks.size)
+        return _Recorded(graph, *inputs, loss.detach())
 
     def _loss(self, size: Size, longest: int, of: Blocks, numbers: Tensor, weights: Tensor) -> Tensor:
         counts = [size.tokens] * 3 + [size.rows] * 2 + [len(of.table)]

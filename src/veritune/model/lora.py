@@ -87,7 +87,8 @@ def _linears(x: Tensor, parts: list[_Parts]) -> tuple[Tensor, ...]:
 
 
 class _Group:
-    """Layers that take the same input: the first that is called computes for all, and the others find theirs."""
+    """Layers that take the same input: the first that is called computes for all, and the others find theirs. Between
+    two of them a pass may end in an error: `forget` then drops what is left."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
@@ -97,7 +98,7 @@ class _Group:
     def give(self, place: int, x: Tensor) -> Tensor | None:
         """The result for x of the layer at a place; None if it is to be computed by itself."""
         if place == 0:
-            self.input, self.found = None, ()  # what a pass that ended in an error may have left
+            self.drop()
             found = [_parts(layer, x.dtype) for layer in self.layers if _plain(layer)]
             parts = [part for part in found if part is not None]
             if len(parts) < len(self.layers) or len({part.kind for part in parts}) > 1:
@@ -107,8 +108,11 @@ class _Group:
             return None
         y = self.found[place]
         if place == len(self.found) - 1:
-            self.input, self.found = None, ()
+            self.drop()
         return y
+
+    def drop(self) -> None:
+        self.input, self.found = None, ()
 
 
 def _plain(layer: Any) -> bool:
@@ -172,3 +176,12 @@ def speed_up(model: torch.nn.Module) -> None:
                 group = _Group(layers)
                 for place, layer in enumerate(layers):
                     layer.group, layer.place = group, place
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Frees what a pass that ended in an error has left in layers that are computed together: results, and with them
+    all that autograd kept up to there."""
+    for module in model.modules():
+        group = getattr(module, "group", None)
+        if isinstance(group, _Group):
+            group.drop()

@@ -40,12 +40,10 @@ def check_paths(base: Base, max_length: int) -> str | None:
 
 
 def slower(base: Base, max_length: int) -> str | None:
-    """What a user is told of a model that paths do not express, and of a GPU on which they are slow."""
+    """What a user is told of a model, or a GPU, on which rows cannot be computed along paths."""
     reason = base.checked[max_length]
     if reason is None:
-        fast = base.device.type == "cuda" and base.precision != "fp32"
-        kernels = attention.problem_of_kernels() if fast else None
-        return kernels and f"attention is computed by plain products, which is slower, because {kernels}"
+        return None
     how = {"padded": "rows do not share their beginnings", "single": "rows are computed one by one"}
     return f"{base.path}: {how[base.ways[max_length]]}, which is slower, because {reason}"
 
@@ -56,7 +54,7 @@ def _check_paths(base: Base, max_length: int) -> tuple[str | None, Way]:
     turned = _turned_by_longest(text, max_length)
     if turned:
         return turned, "single"
-    reason = _beyond_paths(text, max_length)
+    reason = _beyond_paths(text, max_length) or _beyond_kernels(base, text)
     head, question, *solutions, other, behind = (_tokens(base, part, number) for number, part in enumerate(TEXTS))
     rows = [np.concatenate((head, question, solution)) for solution in solutions] + [np.concatenate((head, other))]
     base.model.set_attn_implementation(base.stock)
@@ -127,6 +125,16 @@ def _beyond_paths(text: Any, max_length: int) -> str | None:
     if window is not None and getattr(text, "use_sliding_window", True) and window < max_length:
         return f"it attends over a window of {window} tokens, less than prompt.max_length = {max_length}"
     return None
+
+
+def _beyond_kernels(base: Base, text: Any) -> str | None:
+    """Why a GPU cannot attend along paths. By plain products, segment after segment, it would be slower than its stock
+    attention on rows in full; float32 has no other."""
+    if base.device.type != "cuda" or base.precision == "fp32":
+        return None
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    problem = attention.problem_of_kernels(width, base.model.get_input_embeddings().weight.dtype)
+    return problem and f"this GPU's attention kernels do not work: {problem}"
 
 
 def _turned_by_longest(text: Any, max_length: int) -> str | None:

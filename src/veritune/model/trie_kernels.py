@@ -151,7 +151,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, scale
     the logarithms to base 2 of the softmax's sums, float32 [heads, T]."""
     tokens, heads, width = q.shape
     out, logs = torch.empty_like(q), q.new_empty((heads, tokens), dtype=torch.float32)
-    columns = triton.next_power_of_2(width)
+    columns = _columns(width)
     _forward[triton.cdiv(tokens, BLOCK), heads](  # pyright: ignore
         q, k, v, until, table, out, logs, tokens, scale * LOG2E, heads, heads // k.shape[1], width, columns, BLOCK,
         num_warps=WARPS, num_stages=STAGES,
@@ -165,7 +165,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v. pieces, sums, parts: those of `tokens.blocks.Blocks`."""
     tokens, heads, width = q.shape
-    key_heads, columns = k.shape[1], triton.next_power_of_2(width)
+    key_heads, columns = k.shape[1], _columns(width)
     blocks = triton.cdiv(tokens, BLOCK)
     sizes = heads, heads // key_heads, width, columns, BLOCK
     how = {"num_warps": WARPS, "num_stages": STAGES}
@@ -183,3 +183,8 @@ def backward(
         num_warps=4,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _columns(width: int) -> int:
+    """A head's width as kernels count it: matrix units take powers of two, of 16 or more."""
+    return max(16, triton.next_power_of_2(width))

@@ -28,16 +28,13 @@ class Blocks:
     pieces: int
     sums: int
     parts: int
-
-    @property
-    def size(self) -> tuple[int, int, int, int]:
-        """What must be the same for kernels that are to work on another trie in the same places."""
-        return len(self.table), self.pieces, self.sums, self.parts
+    over: bool
+    """Whether it takes more than the room that every trie of so many tokens is given."""
 
 
 def blocks_of(until: np.ndarray, *, room: bool = False) -> Blocks:
     """The lists of a trie; until: int32 [T]. With `room`, every trie of so many tokens has the same size, but for one
-    with many rows of over 3,500."""
+    that is `over` it, whose rows are so long (about 4,000 tokens) that more parts are needed."""
     count = -(-len(until) // BLOCK)
     furthest = np.zeros(count * BLOCK, dtype=np.int32)
     furthest[: len(until)] = until
@@ -57,7 +54,9 @@ def blocks_of(until: np.ndarray, *, room: bool = False) -> Blocks:
         parts += len(cuts)
     # At least two of each, since compilers make special cases of none and one.
     fixed = (5 * count, count, 4 * count) if room else (0, 0, 0)
-    least = [max(n, own, 2) for n, own in zip(fixed, (len(pieces), len(sums), parts), strict=True)]
+    needed = len(pieces), len(sums), parts
+    least = [max(n, own, 2) for n, own in zip(fixed, needed, strict=True)]
+    over = room and any(own > max(n, 2) for n, own in zip(fixed, needed, strict=True))
     # What is added is worked on by nobody: pieces of a block past the last, and sums over nothing.
     pieces += [(count, 0, 0, -1)] * (least[0] - len(pieces))
     sums += [(0, 0, 0)] * (least[1] - len(sums))
@@ -66,4 +65,4 @@ def blocks_of(until: np.ndarray, *, room: bool = False) -> Blocks:
     places = np.array(pieces) + (head + starts[-1]) * np.array([0, 1, 1, 0])  # of `lists`, after what blocks see
     table = np.concatenate((starts + head, places.ravel(), np.array(sums).ravel(), lists))
     table = np.pad(table, (0, head + count * count - len(table) if room else 0))
-    return Blocks(table.astype(np.int32), *least)
+    return Blocks(table.astype(np.int32), *least, over=over)

@@ -65,20 +65,20 @@ def build(rows: Sequence[np.ndarray], min_shared: int = MIN_SHARED) -> Trie:
             continue
         low, high, depth = now
         row = rows[by_ids[low]]
-        until = min((*common[low : high - 1], len(row)))
-        if until > depth:
+        deep = min((*common[low : high - 1], len(row)))
+        if deep > depth:
             todo.append(len(pieces))
-            pieces.append(row[depth:until])
-            depths.append(np.arange(depth, until))
+            pieces.append(row[depth:deep])
+            depths.append(np.arange(depth, deep))
             untils.append(0)
-            size += until - depth
-        while low < high and len(rows[by_ids[low]]) == until:
+            size += deep - depth
+        while low < high and len(rows[by_ids[low]]) == deep:
             ends[by_ids[low]] = size - 1
             low += 1
         start, children = low, []
         for i in range(low + 1, high + 1):
-            if i == high or common[i - 1] < min(until + min_shared, len(rows[by_ids[i - 1]]), len(rows[by_ids[i]])):
-                children.append((start, i, until))
+            if i == high or common[i - 1] < min(deep + min_shared, len(rows[by_ids[i - 1]]), len(rows[by_ids[i]])):
+                children.append((start, i, deep))
                 start = i
         todo += reversed(children)
     return Trie(

@@ -69,7 +69,7 @@ MLP = {"plain": Widths(hidden=1, inner=2), "compiled": Widths(hidden=1, inner=2)
 
 FINAL_NORM = Widths(wide=6)
 """The same for the norm after the last layer, its input included, which is never compiled. A narrow last layer leaves
-it the label rows, and its own first norm is such a one."""
+it the label rows; but that layer's own first norm, which all tokens go through, takes as much."""
 
 LAST = Widths(hidden=1, wide=1, query=2, key=2, low=1, sums=1)
 """What autograd keeps of a narrow last layer, which is never compiled either: its attention's part."""

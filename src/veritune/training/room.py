@@ -9,7 +9,7 @@ import torch
 
 from .. import config
 from ..errors import ModelError, RoomError
-from ..model import load
+from ..model import load, lora
 from ..model.precision import hold_unpacked
 from ..model.shape import Shape
 from . import fit
@@ -116,6 +116,7 @@ def replan(state: "Training", **changes: Any) -> None:
 def fall_back(state: "Training", micros: list["Micro"], say: Callable[[str], None]) -> None:
     """Takes the next cheaper way after memory ran out, and says so. Raises RoomError if there is none."""
     recorded, state.graphs = state.graphs is not None, None
+    lora.forget(state.model)
     state.optimizer.zero_grad(set_to_none=True)
     if state.base.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -45,7 +45,7 @@ def fitting(
     while True:
         if micros and micros[0].budget != state.budget:  # they were made before memory ran out
             _, micros, _ = micro_batches(state, step)
-        with suppress(torch.OutOfMemoryError):  # outside it, nothing that filled the memory is held any more
+        with suppress(torch.OutOfMemoryError):  # outside it, only layers computed together hold some of it
             return gradients(state, step, micros, stop)
         room.fall_back(state, micros, say)
 
