@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
+from transformers import PretrainedConfig
 
 from veritune import config
 from veritune.errors import ConfigError, MissingError, ModelError
@@ -196,11 +197,12 @@ def test_a_gpu_whose_kernels_do_not_work_computes_rows_in_full(monkeypatch: pyte
     monkeypatch.setattr(self_check, "rowwise_logits", on_cpu)
     base = load.Base(tiny("llama", dtype="bfloat16"), None, torch.device("cuda"), "bf16", "tiny")
     assert why in str(self_check.check_paths(base, MAX_LENGTH))
-    assert asked == [(16, torch.bfloat16)]
+    assert asked == [(4, 2, 16, torch.bfloat16)]
     assert base.ways[MAX_LENGTH] == "padded"
     assert base.model.config._attn_implementation == base.stock
     told = str(self_check.slower(base, MAX_LENGTH))
     assert "rows do not share their beginnings, which is slower, because this GPU's attention kernels do not" in told
+    assert self_check._beyond_kernels(base, PretrainedConfig()) is None  # of a model without heads
 
 
 def test_the_check_leaves_no_witness_behind() -> None:

@@ -132,8 +132,12 @@ def _beyond_kernels(base: Base, text: Any) -> str | None:
     attention on rows in full; float32 has no other."""
     if base.device.type != "cuda" or base.precision == "fp32":
         return None
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    problem = attention.problem_of_kernels(width, base.model.get_input_embeddings().weight.dtype)
+    heads = getattr(text, "num_attention_heads", None)
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    if not (isinstance(heads, int) and isinstance(key_heads, int)):
+        return None  # no attention, or not the same in every layer: what the model computes will tell
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    problem = attention.problem_of_kernels(heads, key_heads, width, base.model.get_input_embeddings().weight.dtype)
     return problem and f"this GPU's attention kernels do not work: {problem}"
 
 
