@@ -23,7 +23,9 @@ device = torch.device(sys.argv[1])
 dtype, allowed = (torch.bfloat16, 0.02) if device.type == "cuda" else (torch.float32, 1e-5)
 rng = np.random.default_rng(0)
 draw = lambda n: rng.integers(5, 1000, n).astype(np.int32)
-shapes = ((2, 2, 16, 3, 5), (4, 2, 24, 5, 4), (9, 3, 64, 2, 3), (3, 1, 32, 1, 1), (2, 1, 128, 1, 40), (2, 1, 8, 2, 30))
+shapes = ((4, 2, 24, 2, 3), (3, 1, 32, 1, 1), (1, 1, 128, 1, 3), (1, 1, 8, 2, 20))
+if device.type == "cuda":  # the interpreter takes seconds for each of these
+    shapes += ((2, 2, 16, 3, 5), (4, 2, 24, 5, 4), (9, 3, 64, 2, 3), (2, 1, 128, 1, 40), (2, 1, 8, 2, 30))
 for heads, key_heads, width, questions, each in shapes:
     head, rows = draw(21), []
     for _ in range(questions):
@@ -57,4 +59,6 @@ def test_they_give_the_outputs_and_gradients_of_plain_products(device: str) -> N
     env = {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
     done = subprocess.run([sys.executable, "-c", CODE, device], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 12
+    lines = done.stdout.split("\n")[:-1]
+    assert len(lines) == (8 if device == "cpu" else 18)
+    assert any(int(line.split()[1]) > 2 for line in lines[::2])  # gradients that were summed from several parts

@@ -7,9 +7,12 @@ rows share sums its gradients in float32, in a fixed order, without atomic addit
 FlashAttention 2 (Dao 2023, section 3).
 """
 
+# Triton's compiler reads the annotations of a kernel, and its launch takes more than a kernel's own arguments.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+
 import torch
-import triton  # pyright: ignore
-import triton.language as tl  # pyright: ignore
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..tokens.blocks import BLOCK
@@ -152,7 +155,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, scale
     tokens, heads, width = q.shape
     out, logs = torch.empty_like(q), q.new_empty((heads, tokens), dtype=torch.float32)
     columns = _columns(width)
-    _forward[triton.cdiv(tokens, BLOCK), heads](  # pyright: ignore
+    _forward[triton.cdiv(tokens, BLOCK), heads](
         q, k, v, until, table, out, logs, tokens, scale * LOG2E, heads, heads // k.shape[1], width, columns, BLOCK,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -171,14 +174,14 @@ def backward(
     how = {"num_warps": WARPS, "num_stages": STAGES}
     dq, dk, dv, along = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(logs)
     part_k, part_v = (q.new_empty((parts * BLOCK, key_heads, width), dtype=torch.float32) for _ in range(2))
-    _backward_queries[blocks, heads](  # pyright: ignore
+    _backward_queries[blocks, heads](
         grad, q, k, v, out, logs, until, table, dq, along, tokens, scale * LOG2E, scale, *sizes, **how
     )
-    _backward_keys[pieces, key_heads](  # pyright: ignore
+    _backward_keys[pieces, key_heads](
         grad, q, k, v, logs, along, until, table, blocks + 1, dk, dv, part_k, part_v, parts, tokens, scale * LOG2E,
         scale, *sizes, **how,
     )  # fmt: skip
-    _sum_parts[sums, key_heads](  # pyright: ignore
+    _sum_parts[sums, key_heads](
         part_k, part_v, table, blocks + 1 + 4 * pieces, dk, dv, parts, tokens, key_heads, width, columns, BLOCK,
         num_warps=4,
     )  # fmt: skip
@@ -187,4 +190,4 @@ def backward(
 
 def _columns(width: int) -> int:
     """A head's width as kernels count it: matrix units take powers of two, of 16 or more."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
