@@ -189,9 +189,6 @@ def results_of(o: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_all(o: argparse.Namespace) -> None:
     """Runs what is not in results.jsonl yet."""
-    if not (o.prepared / "manifest.json").exists():
-        command = ["prepare", str(o.data / "train.jsonl.gz"), "--out", str(o.prepared), "--validation-rows", "1000"]
-        subprocess.run([sys.executable, "-m", "veritune", *command], check=True)
     done = {line["name"] for line in results_of(o)}
     todo = [job for job in jobs_of(o) if job[0] not in done]
     sizes = slice_sizes(o)
@@ -299,8 +296,9 @@ def _at(line: dict[str, Any], keys: tuple[str, ...]) -> float:
     return float("nan") if found is None else found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options, for a benchmark of such runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--prepared", type=Path, help="a prepared folder; default: OUT/prepared, made from --data")
@@ -325,13 +323,26 @@ def main() -> None:
     parser.add_argument("--evaluate-per-question", type=int, default=8)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options as given, with a folder to write to and the rows prepared if something is to run."""
     o = parser.parse_args()
     o.out.mkdir(parents=True, exist_ok=True)
     o.prepared = o.prepared or o.out / "prepared"
     o.started = time.time()
+    if not o.report and o.model is None:
+        parser.error("--model is needed")
+    if not o.report and not (o.prepared / "manifest.json").exists():
+        command = ["prepare", str(o.data / "train.jsonl.gz"), "--out", str(o.prepared), "--validation-rows", "1000"]
+        subprocess.run([sys.executable, "-m", "veritune", *command], check=True)
+    return o
+
+
+def main() -> None:
+    o = parsed(parser_of(__doc__))
     if not o.report:
-        if o.model is None:
-            parser.error("--model is needed")
         run_all(o)
     report(o)
 

@@ -1,35 +1,23 @@
 """Does a base held in NF4 or FP8 make a worse verifier? One pass over the same real rows in each precision and seed.
 
-    python benchmarks/precisions.py --data ../shared/data --model WEIGHTS.gguf --out /tmp/precisions [--rows 30000]
+    python benchmarks/precisions.py --data ../shared/data --model WEIGHTS.gguf --out /tmp/precisions
 
-The precisions share the device, a process each; what is done already is not done again. Each adapter scores
-`validation.jsonl.gz` and `unseen_solvers.jsonl.gz` with the base it was trained on. Prints means over seeds, and the
-paired difference to bf16 on the same rows, questions and seeds (bootstrap over questions).
+Options are those of forgetting.py, with two slices of 15,000 rows. The precisions share the device, a process each;
+what is done already is not done again. Each adapter scores `validation.jsonl.gz` and `unseen_solvers.jsonl.gz` with the
+base it was trained on. Prints means over seeds, and the paired difference to bf16 on the same rows, questions and seeds
+(bootstrap over questions).
 """
 
 import argparse
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import forgetting
 import numpy as np
 
 
-def command(o: argparse.Namespace, base: str) -> list[str]:
-    """The runs of one precision, as a command of forgetting.py: a stream is one pass in one schedule."""
-    return [
-        sys.executable, str(Path(__file__).parent / "forgetting.py"), "--data", str(o.data), "--model", str(o.model),
-        "--prepared", str(o.out / "prepared"), "--out", str(o.out / base), "--base", base, "--device", o.device,
-        "--strategies", "stream", "--slices", "2", "--slice-rows", str(o.rows // 2), "--probe-rows", str(o.probe_rows),
-        "--seeds", *map(str, o.seeds), "--lr", str(o.lr), "--batch", str(o.batch), "--validation-rows", "200",
-        "--evaluate-per-question", str(o.evaluate_per_question), *(["--no-compile"] if o.no_compile else []),
-    ]  # fmt: skip
-
-
 def of(o: argparse.Namespace, base: str) -> argparse.Namespace:
-    """The options under which forgetting.py finds the results of one precision."""
-    return argparse.Namespace(out=o.out / base, data=o.data, evaluate_per_question=o.evaluate_per_question)
+    """The options of one precision's runs. A stream is one pass in one schedule."""
+    return argparse.Namespace(**vars(o) | {"base": base, "out": o.out / base})
 
 
 def report(o: argparse.Namespace) -> None:
@@ -61,31 +49,16 @@ def report(o: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = forgetting.parser_of(__doc__)
     parser.add_argument("--bases", nargs="+", default=["bf16", "nf4", "fp8"], help="others stand beside the first")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=30_000)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--probe-rows", type=int, default=200)
-    parser.add_argument("--evaluate-per-question", type=int, default=8)
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
-    o = parser.parse_args()
-    o.out.mkdir(parents=True, exist_ok=True)
+    parser.set_defaults(strategies=["stream"], slices=2, slice_rows=15_000, lr=4e-4, validation_rows=200)
+    o = forgetting.parsed(parser)
     if not o.report:
-        if o.model is None:
-            parser.error("--model is needed")
-        if not (o.out / "prepared" / "manifest.json").exists():
-            prepare = ["prepare", str(o.data / "train.jsonl.gz"), "--out", str(o.out / "prepared"), "--validation-rows"]
-            subprocess.run([sys.executable, "-m", "veritune", *prepare, "1000"], check=True)
-        running = [subprocess.Popen(command(o, base)) for base in o.bases]
-        for process in running:
-            process.wait()
+        each = [of(o, base) for base in o.bases]
+        for its in each:
+            its.out.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(len(each)) as pool:  # each starts and waits for processes of its own
+            list(pool.map(forgetting.run_all, each))
     report(o)
 
 
