@@ -29,7 +29,6 @@ from veritune.model import adapter, load, self_check
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
-from veritune.tokens.blocks import blocks_of
 from veritune.tokens.trie import Trie, build
 from veritune.training import memory, optimizer
 
@@ -204,7 +203,7 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
             continue
         seconds = time.perf_counter() - start
         free, total = torch.cuda.mem_get_info()
-        size = memory.Batch(trie.tokens, float(trie.positions.mean()) + 1, blocks_of(trie.until).parts, len(trie.ends))
+        size = memory.Batch.of(trie)
         foretold = memory.peak(shape, job, size, recomputed)
         peak = torch.cuda.max_memory_allocated()
         done.append({

@@ -8,7 +8,6 @@ from traced import rows_of
 
 from veritune import config
 from veritune.model.shape import Shape
-from veritune.tokens.blocks import blocks_of
 from veritune.training import memory
 from veritune.training.memory import Batch, Job
 
@@ -43,7 +42,7 @@ def test_peak_of_plain_layers(name: str, size: tuple[int, int, int], rank: int, 
     assert shape.inside + shape.outside == sum(p.numel() for p in model.parameters()) - biases(model)
     step = traced.step(model, config.Lora(rank=rank), rows_of(*size), recomputed)
     assert shape.trained(config.Lora().targets, rank) == step.trained
-    foretold = memory.peak(shape, job(rank), batch_of(step), recomputed)
+    foretold = memory.peak(shape, job(rank), Batch.of(step.trie), recomputed)
     # Weights, parameters and optimiser state are there before; the libraries are not traced.
     took = foretold.total - foretold.libraries - foretold.weights - step.trained * (4 + 8)
     assert took == pytest.approx(step.peak, rel=0.02)
@@ -51,11 +50,6 @@ def test_peak_of_plain_layers(name: str, size: tuple[int, int, int], rank: int, 
 
 def job(rank: int) -> Job:
     return Job("bf16", rank, config.Lora().targets, "adamw_torch", compiled=False)
-
-
-def batch_of(step: traced.Step) -> Batch:
-    trie = step.trie
-    return Batch(trie.tokens, float(trie.positions.mean()) + 1, blocks_of(trie.until).parts, len(trie.ends))
 
 
 def biases(model: Any) -> int:

@@ -9,7 +9,6 @@ import numpy as np
 
 from .. import config
 from ..model.shape import Shape
-from ..tokens.blocks import blocks_of
 from ..tokens.trie import build, split
 from .memory import CONTEXT, GIB, SLACK, Batch, Job, Peak, peak
 from .speed import CARDS, Card, seconds
@@ -62,13 +61,13 @@ def mix(steps: Sequence[Sequence[np.ndarray]], *, shared: bool = True) -> Mix:
         tokens = max(sum(map(len, rows)) for rows in steps)
         return Mix(tokens, longest, reach=longest / 2, parts=0, rows=1 / longest)
     parts = [[build([rows[i] for i in part]) for part in split(rows, MOST_TOKENS)] for rows in steps]
-    tries = list(chain.from_iterable(parts))
+    sizes = [Batch.of(trie) for trie in chain.from_iterable(parts)]
     return Mix(
         tokens=max(sum(trie.tokens for trie in part) for part in parts),
         longest=longest,
-        reach=max(float(trie.positions.mean()) + 1 for trie in tries),
-        parts=max(blocks_of(trie.until).parts / trie.tokens for trie in tries),
-        rows=max(len(trie.ends) / trie.tokens for trie in tries),
+        reach=max(size.reach for size in sizes),
+        parts=max(size.parts / size.tokens for size in sizes),
+        rows=max(size.rows / size.tokens for size in sizes),
     )
 
 

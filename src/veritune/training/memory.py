@@ -11,7 +11,8 @@ GPU. Sizes in bytes.
 from dataclasses import dataclass
 
 from ..model.shape import Shape
-from ..tokens.blocks import BLOCK
+from ..tokens.blocks import BLOCK, blocks_of
+from ..tokens.trie import Trie
 
 MIB, GIB = 2**20, 2**30
 LIBRARIES = 80 * MIB
@@ -99,6 +100,10 @@ class Batch:
     parts: int
     """See `tokens.blocks.Blocks`."""
     rows: int
+
+    @staticmethod
+    def of(trie: Trie) -> "Batch":
+        return Batch(trie.tokens, float(trie.positions.mean()) + 1, blocks_of(trie.until).parts, len(trie.ends))
 
 
 @dataclass(frozen=True)
