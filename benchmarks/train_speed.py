@@ -80,7 +80,7 @@ def to_nf4(module: torch.nn.Linear) -> Linear4bit:
     return packed
 
 
-def chosen(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace) -> fit.Fit:
+def way_of(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace) -> fit.Fit:
     """Micro-batch and recomputed layers as veritune would choose them for steps of these rows, under the cap if any."""
     held = "bf16" if o.unpacked else o.base
     job = memory.Job(held, 16, tuple(config.Lora().targets), config.Train().optimizer, not o.eager)
@@ -161,7 +161,7 @@ def main() -> None:
 
     recomputed = len(load.layers(model)) if o.checkpointing else 0
     if device.type == "cuda":
-        way = chosen(base, [rows[i] for i in picks], o)
+        way = way_of(base, [rows[i] for i in picks], o)
         o.micro_batch_tokens, recomputed = way.budget, way.recomputed
         said(f"micro-batches of {way.budget:,} tokens, {recomputed} layers recomputed, "
              f"{way.peak.total / 2**30:.1f} GiB foreseen")  # fmt: skip

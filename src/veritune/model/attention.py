@@ -1,8 +1,8 @@
 """Attention along trie paths, inside transformers' own models.
 
 A token sees the tokens of its path, up to itself (`tokens.trie`). On CUDA in bf16 or fp16 kernels of our own read keys
-and values where they stand (`trie_kernels`); elsewhere, and where Triton does not work, plain products, one segment
-after the other. Both stand behind one operator, `veritune::attend`, so that a compiled layer has no break.
+and values where they stand (`trie_kernels`), if they work there, which `self_check` asks; elsewhere plain products, one
+segment after the other. Both stand behind one operator, `veritune::attend`, so that a compiled layer has no break.
 
 The function is registered with transformers under the name `veritune`; the paths reach it as the keyword `paths` of the
 model's forward. No mask is registered under that name, so transformers builds none.

@@ -82,7 +82,7 @@ class Graphs:
 
     def backward(self, trie: Trie, labels: np.ndarray, scale: float) -> Tensor | None:
         """Adds the gradients of scale x the summed label loss to the parameters' `grad`, and returns that loss; None if
-        this trie's size is not recorded and no more sizes are taken, or its rows share more than is provided for.
+        this trie's size is not recorded and no more sizes are taken, or its rows are longer than is provided for.
         labels: bool [rows]."""
         mine = Size.of(trie)
         size = min((size for size in self._recorded if size.holds(mine)), default=None)

@@ -204,13 +204,13 @@ def outcome(
     """Trains, and says how that ended and, if it did not go to its end, why."""
     try:
         its = settings_of(run, board.settings, taken.params, rows, folder)
-        again = partial(train, its, console, base, watch=watcher, adapters=False)
+        go = partial(train, its, console, base, watch=watcher, adapters=False)
         try:
-            again()
+            go()
         except NoneWholeError as error:  # of an earlier worker: a trial is short, and need not wait for somebody
             console.print(f"{error}\nThis trial begins again.", style="yellow", markup=False)
             shutil.rmtree(folder / "checkpoints")
-            again()
+            go()
     except Pruned as reason:
         status.end(folder, "stopped", f"pruned {reason}")
         return "pruned", None
