@@ -25,7 +25,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from veritune import config
-from veritune.model import adapter, load, self_check
+from veritune.model import adapter, load, lora, self_check
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
@@ -199,6 +199,7 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
             del loss
             torch.cuda.synchronize()
         except torch.OutOfMemoryError:
+            lora.forget(model)
             print(f"{group.name} {point}: out of memory", flush=True)
             continue
         seconds = time.perf_counter() - start

@@ -95,8 +95,9 @@ def uncompiled(model: Any) -> Iterator[None]:
 
 
 def gradients(model: Any, loss: Callable[[], Tensor]) -> Tensor:
-    """The loss's gradient, all trained tensors in one vector."""
+    """The loss's gradient, all trained tensors in one vector. What had been summed up before is dropped."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    model.zero_grad(set_to_none=True)
     try:
         loss().backward()
         return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
