@@ -49,6 +49,14 @@ def gradient(made: Any, size: int) -> Tensor:
     return out
 
 
+def test_gradients_that_were_summed_up_before_are_no_part_of_the_comparison() -> None:
+    made = model()
+    expected = gradient(made, 2)
+    loss_of(made, 1).backward()
+    torch.testing.assert_close(gradients(made, lambda: loss_of(made, 2)), expected, rtol=0, atol=0)
+    assert all(p.grad is None for p in made.parameters())
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 def test_compiled_once_for_every_number_of_tokens_and_every_layer() -> None:
     torch.compiler.reset()
