@@ -112,6 +112,7 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
 
     settings = SFTConfig(
         output_dir="/tmp/peer", per_device_train_batch_size=o.batch, max_steps=o.steps, learning_rate=2e-4,
+        gradient_accumulation_steps=1,  # Unsloth makes it 2
         lr_scheduler_type="constant", use_cpu=not on_gpu, optim=o.optim, bf16=on_gpu, warmup_steps=0,
         gradient_checkpointing=o.recompute, logging_steps=1, save_strategy="no", report_to=[],
         max_length=max(2048, *map(len, rows["input_ids"])),

@@ -64,8 +64,9 @@ def vllm(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndarray]
     if o.scores:  # otherwise vLLM only has to name the likeliest token, the least it can be asked for
         options["logprobs_mode"] = "processed_logprobs"
     model = LLM(
-        model=o.model, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048, gpu_memory_utilization=0.85,
-        enable_prefix_caching=True, max_num_batched_tokens=o.tokens, max_num_seqs=1024, **options,
+        model=o.model, skip_tokenizer_init=True, dtype="bfloat16", gpu_memory_utilization=0.85,
+        max_model_len=max(map(len, rows)) + 1, enable_prefix_caching=True, max_num_batched_tokens=o.tokens,
+        max_num_seqs=1024, **options,
     )  # fmt: skip
     words: dict[str, Any] = {"logprobs": 2, "allowed_token_ids": list(answers)} if o.scores else {}
     ask = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **words)

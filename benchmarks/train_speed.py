@@ -167,10 +167,10 @@ def main() -> None:
              f"{way.peak.total / 2**30:.1f} GiB foreseen")  # fmt: skip
     load.set_training(model, recomputed=recomputed)
 
-    def batch(step: int) -> list:
+    def batch(step: int, budget: int = o.micro_batch_tokens or 16384) -> list:
         at = (step * o.examples) % (len(picks) - o.examples)
         chosen = picks[at : at + o.examples]
-        parts = split([rows[i] for i in chosen], o.micro_batch_tokens or 16384)
+        parts = split([rows[i] for i in chosen], budget)
         return [(build([rows[chosen[i]] for i in p]), torch.from_numpy(labels[chosen[p]])) for p in parts]
 
     losses: list[torch.Tensor] = []
@@ -192,7 +192,7 @@ def main() -> None:
     count = 3 + o.windows * o.steps
     micros = [batch(i) for i in range(count)]
     if not o.eager and device.type == "cuda":
-        trie, y = micros[0][0]
+        trie, y = batch(0, room.PROBE_TOKENS)[0]  # plain layers take more memory: few rows, as in a run
         loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
         problem = compile_layers(model, lambda: gradients(model, loss), precision=o.base)
         said(f"compiled: {problem or 'ok'}")
