@@ -80,7 +80,7 @@ def test_every_section_is_there(made: Path, tmp_path: Path) -> None:
     assert best
     assert f"{best['loss']:.4f}" in found.text
     assert 'out = "<best>"' in found.text
-    assert "diverges from 0.00" in found.text
+    assert "too high from 0.00" in found.text
 
 
 def test_the_run_file_on_the_page_is_the_sweeps(made: Path) -> None:
@@ -136,6 +136,17 @@ def test_the_edge_is_where_trials_begin_to_diverge(made: Path) -> None:
     assert again
     assert again[0] == pytest.approx(value)
     assert trials.edge(lr, np.zeros(40, bool)) is None
+
+
+def test_trials_that_came_back_to_chance_are_over_the_edge_and_those_too_slow_to_learn_are_not(tmp_path: Path) -> None:
+    rng, found = np.random.default_rng(0), []
+    for i, loss in enumerate([0.75, 0.70, 0.63, 0.55, 0.693, 0.694]):
+        one = trial(i, rng, state="complete", loss=loss)
+        one["params"]["train.lr"] = 10.0 ** (i - 6)
+        found.append(one)
+    made = trials.read(write(tmp_path / "s", found))
+    value, _ = sweep.cut(made, made.trials) or (0.0, None)
+    assert value == pytest.approx(10**-2.5)
 
 
 def test_what_the_loss_depends_on_matters_most(made: Path) -> None:

@@ -21,6 +21,8 @@ STATES = {"complete": 1, "pruned": 8, "diverged": 2, "failed": 6}
 """State -> colour."""
 BEST = 3
 """The colour of the best trial."""
+CHANCE = 0.69
+"""A loss, just under ln 2, that a trial which has learnt anything goes under."""
 
 
 def sections(sweep: Sweep, price: float | None) -> list[Section | None]:
@@ -91,7 +93,7 @@ def learning_rate(sweep: Sweep) -> Section | None:
         y = [min(t["loss"], top) if is_measured(t) else top * 1.06 for t in own]
         series.append(Series([t["params"][LR] for t in own], y, colour, state, "points", tips=[tip(t) for t in own]))
     found = cut(sweep, sweep.trials)
-    marks = [(found[0], f"diverges from {found[0]:.2g}")] if found else []
+    marks = [(found[0], f"too high from {found[0]:.2g}")] if found else []
     x = axis(LR, sweep.space[LR])
     drawn = plot(
         [s for s in series if s.x],
@@ -109,8 +111,12 @@ def learning_rate(sweep: Sweep) -> Section | None:
         for name in axis("train.optimizer", sweep.space["train.optimizer"]).choices:
             own = [t for t in sweep.trials if t["params"].get("train.optimizer") == name]
             rows.append((name, *edge_cells(cut(sweep, own))))
-    blocks.append(Table(rows, ("optimiser", "diverges from lr", "95 % interval"), title="The edge of divergence"))
-    text = "The edge is the learning rate that best parts the diverged trials from the others; interval: bootstrap."
+    blocks.append(Table(rows, ("optimiser", "too high from lr", "95 % interval"), title="The edge of divergence"))
+    text = (
+        "The edge is the learning rate that best parts trials it was too high for from the others; interval: "
+        "bootstrap. It was too high for those that diverged, and for those above the best trial's that came back with "
+        "a loss of chance (never under 0.69) and learnt nothing."
+    )
     return Section("learning-rate", "Learning rate", blocks, text)
 
 
@@ -120,7 +126,9 @@ def cut(sweep: Sweep, trials: list[dict[str, Any]]) -> tuple[float, tuple[float,
     values = np.array([t["params"].get(LR, float("nan")) for t in known], dtype=np.float64)
     if not len(values) or not (values > 0).all():
         return None
-    return edge(values, np.array([t["state"] == "diverged" for t in known]))
+    best = min(sweep.measured(), key=lambda t: t["loss"], default={"params": {LR: 0.0}})["params"][LR]
+    lost = [t["state"] == "diverged" or (t["params"][LR] > best and t["loss"] > CHANCE) for t in known]
+    return edge(values, np.array(lost))
 
 
 def edge_cells(found: tuple[float, tuple[float, float] | None] | None) -> tuple[str, str]:

@@ -72,10 +72,10 @@ def read(path: Path) -> Sweep:
 
 
 def edge(values: Floats, diverged: Bools) -> tuple[float, tuple[float, float] | None] | None:
-    """The learning rate from which trials diverge: the cut that sets the fewest trials on its wrong side, half-way (in
+    """The learning rate from which trials are lost: the cut that sets the fewest trials on its wrong side, half-way (in
     the logarithm) between two of them, and its 95 % interval by a bootstrap over trials.
 
-    values: learning rates; diverged: whether each did. None unless there are two trials of both kinds.
+    values: learning rates; diverged: whether each was lost. None unless there are two trials of both kinds.
     """
     if diverged.sum() < 2 or (~diverged).sum() < 2:
         return None
