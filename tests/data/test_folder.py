@@ -65,8 +65,13 @@ def test_other_things_are_never_overwritten(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="file"):
         folder.check_place(tmp_path / "file", [])
-    with pytest.raises(ConfigError, match="other things"):
+    with pytest.raises(ConfigError, match=r"other things \(manifest\.json\)"):
         folder.check_place(tmp_path / "mine", [])
+    make(tmp_path / "prepared")
+    for name in ("run", ".notes", "a", "b"):
+        (tmp_path / "prepared" / name).mkdir()
+    with pytest.raises(ConfigError, match=r"other things \(\.notes, a, b, …\)"):
+        folder.check_place(tmp_path / "prepared", [])
     folder.check_place(tmp_path / "empty", [])
     folder.check_place(tmp_path / "new", [])
 

@@ -16,9 +16,9 @@ import polars as pl
 
 from ..durable import is_process, sync_folder
 from ..errors import ConfigError, DataError, MissingError, VerituneError
-from .sources import MANIFEST, Source, file_hash
+from .sources import KIND, MANIFEST, Source, file_hash, is_prepared
 
-KIND, FORMAT = "veritune prepared dataset", 1
+FORMAT = 1
 TRAIN, VALIDATION, REJECTED = "train.parquet", "validation.parquet", "rejected.jsonl"
 FILES = (TRAIN, VALIDATION, REJECTED)
 
@@ -28,8 +28,10 @@ def check_place(out: Path, sources: list[Source]) -> None:
     things, or holds one of the sources."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: this is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not _is_prepared(out):
-        raise ConfigError(f"--out {out}: this folder holds other things; name a new one, or empty it yourself")
+    ours = (*FILES, MANIFEST) if is_prepared(out) else ()
+    if out.is_dir() and (others := sorted(path.name for path in out.iterdir() if path.name not in ours)):
+        shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        raise ConfigError(f"--out {out}: this folder holds other things ({shown}); name a new one, or move them away")
     for source in sources:
         if source.path.resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"--out {out}: the source {source.name} is in it and would be lost; name another folder")
@@ -90,13 +92,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if file_hash(path) != manifest["files"][name]["sha256"]:
             raise DataError(f"{path}: not the file that was prepared (altered or damaged); {again}")
     return manifest
-
-
-def _is_prepared(folder: Path) -> bool:
-    try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _settle(out: Path) -> None:

@@ -5,6 +5,7 @@ whole file as it is, for scoring and evaluating.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ KINDS = {
     ".parquet": "parquet",
 }
 HUB = "hf://"
-MANIFEST = "manifest.json"
+KIND, MANIFEST = "veritune prepared dataset", "manifest.json"
 
 
 class Source(NamedTuple):
@@ -127,8 +128,16 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether this is a prepared folder; its manifest says so."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _files_in(folder: Path, note: Note) -> list[Path]:
-    if (folder / MANIFEST).is_file() and (folder / "train.parquet").is_file():
+    if is_prepared(folder):
         raise DataError(f"{folder}: a prepared dataset already; to use its rows, name its train.parquet")
     files, others = [], []
     for path in sorted(folder.rglob("*")):
