@@ -227,6 +227,17 @@ def test_a_prepared_folder_is_no_source_but_its_train_table_is(tmp_path, source)
     assert (train["source_id"] == train["id"]).all()
 
 
+def test_a_prepared_folder_within_a_source_folder_is_left_alone(tmp_path, source):
+    made_rows.write(source, [*made_rows.rows(400), {"question": "", "solution": "s", "is_correct": True}])
+    first = dataset.prepare([str(tmp_path)], tmp_path / "deep/out", Prepare())
+    again = dataset.prepare([str(tmp_path)], tmp_path / "deep/out", Prepare())
+    assert again["fingerprint"] == first["fingerprint"]
+    assert [it["name"] for it in again["sources"]] == [str(source)]
+    assert again["notes"] == [f"{tmp_path / 'deep/out'}: left alone, a prepared dataset"]
+    with pytest.raises(DataError, match="no data file"):
+        dataset.prepare([str(tmp_path / "deep")], tmp_path / "other", Prepare())
+
+
 def test_an_altered_folder_does_not_load(tmp_path, source):
     out = tmp_path / "out"
     dataset.prepare([str(source)], out, Prepare())

@@ -40,7 +40,8 @@ class Source(NamedTuple):
 
 def find_files(named: list[str], note: Note) -> list[Source]:
     """The files that `named` stands for, each once, sorted by name: what is done never depends on the order in which
-    they were named. A folder stands for the data files in it, however deep; `note` is told what else was there.
+    they were named. A folder stands for the data files in it, however deep, but not for those of prepared folders;
+    `note` is told what else was there.
 
     Raises MissingError and DataError for what is not there, is of another kind, or is a folder without data files.
     """
@@ -139,9 +140,14 @@ def is_prepared(folder: Path) -> bool:
 def _files_in(folder: Path, note: Note) -> list[Path]:
     if is_prepared(folder):
         raise DataError(f"{folder}: a prepared dataset already; to use its rows, name its train.parquet")
-    files, others = [], []
+    files, others, prepared = [], [], set[Path]()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts) or prepared.intersection(path.parents):
+            continue
+        if path.is_dir() and is_prepared(path):
+            prepared.add(path)
+            note(f"{path}: left alone, a prepared dataset")
+        elif path.is_file():
             (files if path.name.lower().endswith(tuple(KINDS)) else others).append(path)
     if not files:
         raise DataError(f"{folder}: no data file in this folder; veritune reads {', '.join(KINDS)}")
