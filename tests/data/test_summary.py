@@ -29,6 +29,14 @@ def test_what_was_done_is_shown(tmp_path):
         assert words in shown
 
 
+def test_that_nothing_was_held_out_is_shown(tmp_path):
+    path = made_rows.write(tmp_path / "rows.jsonl", made_rows.rows(40))
+    for rows in (0, 8):
+        console = Console(width=80, record=True, file=io.StringIO())
+        dataset.prepare([str(path)], tmp_path / "out", Prepare(validation_rows=rows), console)
+        assert ("train and sweep need some (--validation-rows N)" in console.export_text()) == (rows == 0)
+
+
 def test_of_many_sources_some_are_shown(tmp_path):
     for number in range(14):
         made_rows.write(tmp_path / f"{number:02}.jsonl", made_rows.rows(20, seed=number))

@@ -252,7 +252,7 @@ def test_a_folder_of_other_things_is_not_a_run(data: Path, tiny_folder: Path, tm
 
 def test_a_dataset_without_validation_rows_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     data = prepared(generate(4, seed=1), tmp_path / "d", 0)
-    with pytest.raises(DataError, match="rows in both train and validation"):
+    with pytest.raises(DataError, match=r"rows in both train and validation; prepare it .*--validation-rows N"):
         trained(settings(tmp_path / "run", data, tiny_folder))
 
 

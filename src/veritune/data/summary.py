@@ -68,6 +68,8 @@ def show(console: Console, manifest: dict[str, Any], out: Path) -> None:
     say(f"written to {out}")
     if rows["refused"] or rows["contradictory"]:
         say(f"each refused row, with its place and why: {out / 'rejected.jsonl'}")
+    if not validation["rows"]:
+        say("note: no rows were held out; train and sweep need some (--validation-rows N)")
 
 
 def _first(lines: list[str]) -> list[str]:

@@ -43,7 +43,9 @@ def sweep(
     data = dataset.load(Path(run.data.path))
     rows = min(settings.rows or len(data.train), run.data.rows or len(data.train), len(data.train))
     if not rows or data.validation.is_empty():
-        raise DataError(f"{run.data.path}: a sweep needs rows in both train and validation")
+        raise DataError(
+            f"{run.data.path}: a sweep needs rows in both train and validation; prepare it with --validation-rows N"
+        )
     folder = Path(settings.out or f"{run.out.rstrip('/')}-sweep")
     shared = {axis.key: axis.as_json() for axis in axes}
     same = result.agreed(run, settings, shared, data.fingerprint, rows)

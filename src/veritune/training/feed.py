@@ -71,7 +71,9 @@ def read(run: config.Run) -> Source:
     data = dataset.load(Path(run.data.path))
     frame = data.train if run.data.rows is None else data.train.head(run.data.rows)
     if frame.is_empty() or data.validation.is_empty():
-        raise DataError(f"{run.data.path}: training needs rows in both train and validation")
+        raise DataError(
+            f"{run.data.path}: training needs rows in both train and validation; prepare it with --validation-rows N"
+        )
     train, held = Rows.of(frame), Rows.of(data.validation)
     column = run.strategy.column
 
