@@ -48,6 +48,19 @@ def test_phases_time_sessions_and_cost(data: Path, tmp_path: Path, capsys: pytes
     assert any(0x2800 < ord(letter) < 0x2900 for letter in shown)
 
 
+def test_rows_that_are_not_there_are_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phases = "[[phases]]\nrows = [0, 40]\n[[phases]]\nrows = [40, 99999]\n"
+    assert run(["plan", run_file(tmp_path, data, phases), "--data.rows", "1000"]) == 0
+    shown = capsys.readouterr().out
+    assert "data.rows = 1,000: there are 80\n" in shown
+    assert "phase 2: rows = [40, 99999]: there are 80\n" in shown
+    assert "phase 1: rows" not in shown
+    assert run(["plan", run_file(tmp_path, data, phases), "--data.rows", "60"]) == 0
+    shown = capsys.readouterr().out
+    assert "data.rows = " not in shown
+    assert "phase 2: rows = [40, 99999]: there are 60\n" in shown
+
+
 def test_the_speed_of_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run_file(tmp_path, data)
     assert run(["plan", file]) == 0

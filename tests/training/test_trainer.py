@@ -1,6 +1,7 @@
 """Whole training runs on a tiny model: what a run leaves, that a stop changes nothing, that what must not matter does
 not, that a NaN ends a run with nothing of it kept, and that the loop learns."""
 
+import dataclasses
 import json
 import math
 import os
@@ -84,6 +85,7 @@ def uninterrupted(
 def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     intervals = {"validation": {"every": 2}, "checkpoint": {"every": 4}}
     run = settings(tmp_path / "run", data, tiny_folder, train={"lr": 0.05, "schedule": "constant"}, **intervals)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, rows=1000))
     quality, printed = trained(run)
     out = Path(run.out)
     lines = metrics(out)
@@ -97,6 +99,7 @@ def test_a_run_leaves_adapters_figures_and_every_step(data: Path, tiny_folder: P
     assert left["validation"]["log_loss"] == validations[6]["log_loss"] == quality["log_loss"]
     assert json.loads((out / "run.json").read_text())["settings"] == config.as_dict(run)
     assert "6 of 8 examples" in printed
+    assert "note: data.rows = 1,000: there are 48\n" in printed
     best = min(validations, key=lambda step: validations[step]["loss"])
     assert best < 6  # at this learning rate it gets worse
     prepared_data = dataset.load(data)

@@ -64,6 +64,8 @@ class Source:
     slices: tuple[Slice, ...]
     plan: plans.Plan
     fingerprint: str
+    cut: tuple[str, ...]
+    """Settings that name rows beyond those there are."""
 
 
 def read(run: config.Run) -> Source:
@@ -92,7 +94,19 @@ def read(run: config.Run) -> Source:
         slices=slices,
         plan=plans.make(run.train, train.groups, train.labels, run.strategy, run.phases, stretches),
         fingerprint=data.fingerprint,
+        cut=_cut(run, len(data.train), len(frame)),
     )
+
+
+def _cut(run: config.Run, there: int, chosen: int) -> tuple[str, ...]:
+    """What the settings name beyond the rows: data.rows of those there are, phases of those that it chose."""
+    out = []
+    if run.data.rows and run.data.rows > there:
+        out.append(f"data.rows = {run.data.rows:,}: there are {there:,}")
+    for number, phase in enumerate(run.phases, 1):
+        if phase.rows[1] > chosen:
+            out.append(f"phase {number}: rows = {list(phase.rows)}: there are {chosen:,}")
+    return tuple(out)
 
 
 @dataclass(frozen=True)
