@@ -81,6 +81,16 @@ def test_a_mistake_is_named(text: str, said: str) -> None:
     assert str(caught.value).startswith("run.toml: [sweep.space]: ")
 
 
+def test_what_a_phase_sets_itself_is_not_searched() -> None:
+    phases = (config.Phase(rows=(0, 8)), config.Phase(rows=(8, 16), lr=1e-4, schedule="linear"))
+    run = config.Run(out="runs/x", phases=phases)
+    with pytest.raises(ConfigError, match=r"train\.lr: phase 2 of the run sets its own lr.*take lr out of the phase"):
+        axes("train.lr = { log = [1e-5, 1e-2] }", run)
+    with pytest.raises(ConfigError, match=r"train\.lr: phase 2 .*train\.schedule: phase 2 "):
+        space.read({}, run, "run.toml")
+    assert axes("train.epochs = { range = [1, 2] }\nlora.rank = { choice = [8] }", run)
+
+
 def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"lora.rank = 0.*unknown setting 'train.lrr'"):
         axes("train.lrr = { log = [1e-5, 1] }\nlora.rank = { range = [0, 4] }")

@@ -52,8 +52,8 @@ class Axis:
 def read(declared: Mapping[str, Any], run: config.Run, where: str) -> list[Axis]:
     """The axes of a `[sweep.space]` table, sorted by key; `DEFAULT` if it is empty.
 
-    Raises ConfigError that names each key that is not a setting, cannot be searched, or has values that the setting
-    does not take.
+    Raises ConfigError that names each key that is not a setting, cannot be searched, is set by a phase of the run, or
+    has values that the setting does not take.
     """
     settings = config.keys(config.Run)
     leaves = _leaves(declared, settings) if declared else DEFAULT
@@ -66,6 +66,13 @@ def read(declared: Mapping[str, Any], run: config.Run, where: str) -> list[Axis]
             unknown = f"unknown setting {key!r}{did_you_mean(nearest(key, known))}"
             problems.append(shared if key in settings else unknown)
             continue
+        for number, phase in enumerate(run.phases, 1):
+            name = key.removeprefix("train.")
+            if getattr(phase, name, None) is not None:
+                problems.append(
+                    f"{key}: phase {number} of the run sets its own {name}, so what is found would change nothing "
+                    f"there; take {name} out of the phase, or declare a [sweep.space] without {key}"
+                )
         try:
             axes.append(_axis(key, spec, run))
         except ConfigError as error:
