@@ -31,6 +31,7 @@ def test_two_real_runs(finished: Path, second: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "train.lr" in found.text
     assert "train.batch_size0" not in found.text
+    assert "Training loss (nats)" in found.text
     a, b = (scored.load(folder.read(path)) for path in (finished, second))
     assert a
     assert b

@@ -98,7 +98,7 @@ def training(runs: Sequence[RunFolder], short: Sequence[str], legend: list[tuple
         "training",
         "Training",
         [
-            Chart("Loss (nats), smoothed", plot(losses, x_label="step", y_range=top), legend),
+            Chart("Training loss (nats), smoothed", plot(losses, x_label="step", y_range=top), legend),
             Chart("The same over time in steps", plot(hours, x_label="hours", y_range=top), legend),
             Chart("Learning rate", plot(rates, x_label="step"), legend),
         ],

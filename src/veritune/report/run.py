@@ -17,8 +17,8 @@ from .svg import Series, heat, plot
 from .words import between, duration, number
 
 INTERVALS = (
-    "Bands and intervals are 95 %, from a bootstrap over questions. The loss is the log loss with correct and "
-    "incorrect rows weighing as in train."
+    "Bands and intervals are 95 %, from a bootstrap over questions. The loss is the log loss over the two "
+    "answer words, with correct and incorrect rows weighing as in train."
 )
 
 
@@ -116,11 +116,11 @@ def training(run: RunFolder) -> Section:
 
     smoothed = smooth(steps["loss"])
     losses = [Series(x, steps["loss"], 1, kind="faint"), Series(x, smoothed, 1)]
-    legend = [("s1", "training, smoothed")]
+    legend = [("s1", "training, over the whole vocabulary, smoothed")]
     held = [v for v in run.metrics.validations if isinstance(v.get("loss"), int | float)]
     if held:
         losses.append(Series([v["step"] for v in held], [v["loss"] for v in held], 2, kind="both"))
-        legend.append(("s2", "validation"))
+        legend.append(("s2", "validation, over the two answer words"))
     # The first steps of a run can be far above all others: the axis shows the smoothed loss and what is near it.
     shown = sorted([v for v in [*smoothed, *[e["loss"] for e in held]] if v == v]) or [1.0]
     top = max(shown[int(len(shown) * 0.98) - 1] * 1.25, shown[-1] if shown[-1] < 4 * shown[len(shown) // 2] else 0)

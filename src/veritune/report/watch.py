@@ -107,7 +107,7 @@ def picture(run: folder.RunFolder, width: int, height: int) -> Group:
         for entry in listed
     ]
     losses = folder.smooth(run.metrics.steps["loss"], 0.9)
-    curves = [("loss (smoothed)", losses), ("learning rate", run.metrics.steps["lr"])]
+    curves = [("training loss (smoothed)", losses), ("learning rate", run.metrics.steps["lr"])]
     if len(run.metrics.validations) > 1:
         found = [entry.get("loss") for entry in run.metrics.validations]
         curves.append(("validation loss", [float("nan") if value is None else value for value in found]))

@@ -23,8 +23,8 @@ FORGETTING = "forgetting.json"
 
 def validate(state: "Training", stop: Session) -> tuple[dict[str, Any], np.ndarray]:
     """Figures on the run's validation rows, and P(correct) of each. `loss` is the log loss with both labels weighing as
-    much as in train, so that it compares with the training loss and ranks adapters, where labels have another share, by
-    what they have learnt and not by that share. Raises Stop."""
+    much as in train, so that it ranks adapters, where labels have another share, by what they have learnt and not by
+    that share. It is over the two answer words, a step's over the whole vocabulary. Raises Stop."""
     held = state.validation
     p = _scores(state, held, stop)
 
