@@ -43,7 +43,7 @@ def test_phases_time_sessions_and_cost(data: Path, tmp_path: Path, capsys: pytes
     assert "1 of 3 strategy.ends lie beyond the 80 rows: cut off" in shown
     assert "in all 22 steps, 176 row presentations (2.20 times the 80 rows), 60 rows scored" in shown
     # (176 + 0.4 x 60) / 0.01 s = 5.56 h
-    assert "time: 5.6 h at 0.0 rows/s" in shown
+    assert "time: 5.6 h at 0.01 rows/s" in shown
     assert "3 sessions of 2 h; cost 19.44 at 3.5 an hour" in shown
     assert any(0x2800 < ord(letter) < 0x2900 for letter in shown)
 

@@ -112,7 +112,8 @@ def show_plan(run: Planned, source: "Source", console: Console, rows_per_second:
     seconds = (shown + SCORING * scored) / rows_per_second
     hours = run.session.hours or HOURS
     sessions = max(math.ceil(seconds / 3600 / hours), 1)
-    line = f"time: {duration(seconds)} at {rows_per_second:,.1f} rows/s, beside loading and saving; "
+    rate = f"{rows_per_second:,.1f}" if rows_per_second >= 1 else f"{rows_per_second:.2g}"
+    line = f"time: {duration(seconds)} at {rate} rows/s, beside loading and saving; "
     line += f"{sessions} session{'s' if sessions > 1 else ''} of {hours:g} h"
     if run.price is not None:
         line += f"; cost {seconds / 3600 * run.price:,.2f} at {run.price:g} an hour"
