@@ -241,7 +241,7 @@ def test_files_that_cannot_be_measured(
     to = () if verb == "evaluate" else ("--out", out)
     assert f"{empty}: " in told(capsys, verb, place.best, empty, *to)
     assert "no such file" in told(capsys, verb, place.best, tmp_path / "none.jsonl", *to)
-    assert f"{place.run}: there is no veritune.json in it; did you mean {place.run}/adapter?" in told(
+    assert f"{place.run}: there is no veritune.json in it; did you mean {place.run}/best?" in told(
         capsys, verb, place.run, place.held_out, *to
     )
     assert "no such adapter folder" in told(capsys, verb, tmp_path / "none", place.held_out, *to)

@@ -191,6 +191,9 @@ def test_folders_that_are_no_adapter(folder: Path, tmp_path: Path, tiny_folder: 
     shutil.copytree(folder, tmp_path / "run" / "adapter")
     with pytest.raises(MissingError, match=r"did you mean .*run/adapter\?"):
         loaded(tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "run" / "best")
+    with pytest.raises(MissingError, match=r"did you mean .*run/best\?"):
+        loaded(tmp_path / "run")
     for name in (WEIGHTS, SETTINGS):
         copy = Path(shutil.copytree(folder, tmp_path / name))
         (copy / name).unlink()

@@ -216,7 +216,7 @@ def read_about(path: str | Path) -> About:
     if not folder.is_dir():
         raise MissingError(f"{path}: no such adapter folder")
     if not (folder / ABOUT).is_file():
-        inner = [name for name in ("adapter", "best") if (folder / name / ABOUT).is_file()]
+        inner = [name for name in ("best", "adapter") if (folder / name / ABOUT).is_file()]
         hint = f"; did you mean {folder / inner[0]}?" if inner else ", or it was not made by `veritune train`"
         raise MissingError(f"{path}: there is no {ABOUT} in it{hint}")
     try:
