@@ -367,6 +367,17 @@ cli.main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize("args", [["schema"], ["sweep", "--help"], ["--help"], ["runs"]])
+def test_a_pipe_that_nobody_reads_ends_the_process_in_silence(args: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "veritune", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    )
+    assert process.stdout
+    process.stdout.close()
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 1
+
+
 def test_a_process_ends_before_its_hours_with_all_saved(place: Place, tiny_folder: Path, tmp_path: Path) -> None:
     out, limit = tmp_path / "run", 30.0
     file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out, train="epochs = 3000")

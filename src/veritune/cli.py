@@ -1,7 +1,7 @@
 """The command line: one verb a stage. Each parses, calls, prints.
 
-Exit codes: 0 done; 2 a mistake the message explains; 130 stopped by a signal. Imports of torch and friends wait until a
-verb needs them, so `--help` answers at once.
+Exit codes: 0 done; 1 nobody reads the output any more; 2 a mistake the message explains; 130 stopped by a signal.
+Imports of torch and friends wait until a verb needs them, so `--help` answers at once.
 """
 
 import os
@@ -329,30 +329,26 @@ def load_verifier(adapter: Path, how: "UseSettings", merge: bool | None = None) 
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "prepare": prepare,
-    "init": init,
-    "schema": schema,
-    "plan": plan,
-    "train": train,
-    "sweep": sweep,
-    "evaluate": evaluate,
-    "score": score,
-    "submit": submit,
-    "runs": runs,
-    "watch": watch,
-    "report": report,
+    verb.__name__: verb
+    for verb in (demo, prepare, init, schema, plan, train, sweep, evaluate, score, submit, runs, watch, report)
 }
 
 
 def main() -> None:
     """Entry point of the `veritune` command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # before and after a session, which has its own
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        if code == 0:
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as after `| head`: what Python still writes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs one command line and returns its exit code."""
+    """Runs one command line and returns its exit code. Raises BrokenPipeError if nobody reads the output any more."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if argv else 2
@@ -384,6 +380,8 @@ def run(argv: Sequence[str]) -> int:
             f"GPU memory ran out: {first_line(error)} End what else runs on the GPU, or let less be taken: "
             "base = 'nf4', in training also a lower train.memory_gib or train.micro_batch_tokens"
         )
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return fail(f"{error.filename or name}: {error.strerror or error}")
     except KeyboardInterrupt:
