@@ -30,7 +30,7 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
   veritune plan RUN.toml                phases, steps, learning rate, time and cost of a run, before it runs
   veritune train RUN.toml               dataset + base model -> a LoRA adapter, measured while it trains
   veritune sweep RUN.toml               many short runs with other settings -> the best as a run file
-  veritune evaluate ADAPTER DATA        accuracy with interval, AUROC, calibration, by any column
+  veritune evaluate ADAPTER DATA        accuracy with interval, AUROC, Brier, log loss, by any column
   veritune score ADAPTER FILE --out F   the same rows with P(correct) added
   veritune submit ADAPTER TEST --out F  a competition's submission file
   veritune runs [FOLDER]                the runs under a folder: state, step, loss, best, time left
