@@ -75,6 +75,7 @@ def test_every_section_is_there(made: Path, tmp_path: Path) -> None:
     assert [attrs["id"] for tag, attrs in found.tags if tag == "section"] == [
         "summary", "what", "learning-rate", "importance", "together", "curves", "choices", "trials", "cost", "again",
     ]  # fmt: skip
+    assert "run.toml stands for the sweep's run file" in found.text
     assert "nan" not in text
     best = trials.read(made).best()
     assert best

@@ -302,8 +302,10 @@ def cost(sweep: Sweep, price: float | None) -> Section:
 
 def again(sweep: Sweep) -> Section:
     """The best run file, what to do with it, and the run file that led to it."""
+    train = shlex.join(["veritune", "train", str(sweep.path / "best.toml")])
     blocks: list[Any] = [
-        Code("veritune sweep run.toml\n" + shlex.join(["veritune", "train", str(sweep.path / "best.toml")]), "Commands")
+        Code(f"veritune sweep run.toml\n{train}", "Commands"),
+        Text("run.toml stands for the sweep's run file, whatever its name; it is shown below."),
     ]
     try:
         blocks.append(Code((sweep.path / "best.toml").read_text(encoding="utf-8"), "best.toml"))
