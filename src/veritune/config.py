@@ -114,7 +114,8 @@ class Train:
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples in one accumulation of a step."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Accumulations in a step: a step has batch_size x gradient_accumulation examples."""
+    """Accumulations in a step: a step has batch_size x gradient_accumulation examples. Only the product counts: memory
+    is decided by micro_batch_tokens."""
     per_question: Annotated[int, Field(ge=1)] = 8
     """Solutions of one question that stand in a step together, with both labels where it has both; 1: rows drawn
     independently. More share more tokens, so a step is cheaper, and a right beside a wrong solution teaches more."""
