@@ -48,6 +48,14 @@ def session(out: Path, drive: Path, *steps: int, keep: int = 9) -> None:
             file.write(f'{{"step": {step + 1}}}\n')  # after the save: not of it
 
 
+def replaced(copy: Path, name: str, data: bytes) -> None:
+    """Puts other bytes into a copy, as if they had been saved."""
+    (copy / name).write_bytes(data)
+    body = durable.read_manifest(copy)
+    entries = body["files"] | {name: durable.entry_of(data)}
+    (copy / "manifest.json").write_bytes(durable.manifest(body["step"], entries))
+
+
 def seen(out: Path) -> tuple[str, str, int]:
     return (
         (out / "metrics.jsonl").read_text(),
@@ -128,6 +136,25 @@ def test_the_replica_of_another_run_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(ConfigError, match=r"other settings: train\.lr was 0\.1, is 0\.2"):
         bring(tmp_path / "b", drive, described(lr=0.2))
     assert not (tmp_path / "b").exists()
+
+
+def test_the_replica_of_another_run_is_refused_where_it_is_behind_too(tmp_path: Path, drive: Path) -> None:
+    """Training on would delete the other run's copies."""
+    session(tmp_path / "a", drive, 1, 2)
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "other").mkdir()
+    session(tmp_path / "a", tmp_path / "other" / "run", 3)
+    for copy in drive.iterdir():
+        replaced(copy, "run/run.json", json.dumps(described(lr=0.2)).encode())
+    refusal = r"step-00000002 holds a run with other settings: train\.lr was 0\.2, is 0\.1.*`checkpoint\.replica`"
+    with pytest.raises(ConfigError, match=refusal):
+        bring(tmp_path / "a", drive)
+    # What cannot be read says nothing; the copy before it does.
+    (drive / "step-00000002" / "run" / "run.json").write_bytes(b"")
+    with pytest.raises(ConfigError, match="step-00000001 holds a run with other settings"):
+        bring(tmp_path / "a", drive)
+    (drive / "step-00000001" / "manifest.json").unlink()
+    assert bring(tmp_path / "a", drive) is None
 
 
 def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path, drive: Path) -> None:

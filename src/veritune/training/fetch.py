@@ -23,13 +23,15 @@ from .checkpoint import Warn, place, replicated, settled
 from .replica import RUN
 
 Same = Callable[[config.Run, int], bool]
+Files = dict[str, tuple[bytes, os.stat_result]]
+WHOSE = RUN + runfolder.RUN  # of a copy's files, the one that says of which run it is
 
 
 def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same, warn: Warn) -> int | None:
     """Brings the run folder to where the replica is, if that is further than the folder's own newest whole checkpoint.
 
     values, same_so_far: as for `runfolder.start`, the latter given also how many steps are done; a replica or a folder
-    of another run is refused before anything is written.
+    of another run is refused before anything is written, also where nothing is to be brought.
     The checkpoint is put in place last, so that a fetch that was cut off is begun again. Returns the step that was
     brought, or None. Raises ConfigError and CheckpointError.
     """
@@ -49,18 +51,21 @@ def fetch(folder: Path, replica: Path, values: dict[str, Any], same_so_far: Same
             f"checkpoint.replica = '{replica}': {replica.parent} is not there. Mount the drive, or make that folder: "
             f"{folder} has no checkpoint, so without the replica the run would start from its beginning"
         )
+    runfolder.admit(folder, values, lambda earlier: same_so_far(earlier, own or 0))
     wrong = []
     for step, copy in reversed(replicated(replica, warn)):
-        if own is not None and step <= own:
-            return None
+        further = own is None or step > own
         try:
-            written, files = _files(copy)
+            written, files = _files(copy, whole=further)
         except Damaged as reason:
-            wrong.append(f"{copy}: {reason}")
-            warn(f"replica {wrong[-1]}. Trying the one before it.")
+            if further:
+                wrong.append(f"{copy}: {reason}")
+                warn(f"replica {wrong[-1]}. Trying the one before it.")
             continue
-        runfolder.admit(folder, values, lambda earlier: same_so_far(earlier, own or 0))
-        _bring(copy, written, files, folder, values, same_so_far)
+        _check(copy, written, files, values, same_so_far)
+        if not further:
+            return None
+        _bring(copy, written, files, folder)
         return step
     if own is None and wrong and not found(folder / "checkpoints"):
         raise CheckpointError(
@@ -80,32 +85,30 @@ def _newest_whole(checkpoints: Path) -> int | None:
     return None
 
 
-def _files(copy: Path) -> tuple[int, dict[str, tuple[bytes, os.stat_result]]]:
-    """A copy's step, and each file with its times, read once: a drive may show less the next moment. Raises Damaged."""
+def _files(copy: Path, *, whole: bool) -> tuple[int, Files]:
+    """A copy's step, and each file (or only the one that says whose copy it is) with its times, read once: a drive may
+    show less the next moment. Raises Damaged."""
     body = read_manifest(copy)
+    files = [(name, entry) for name, entry in body["files"].items() if whole or name == WHOSE]
     try:
-        files = body["files"].items()
         return body["step"], {name: (read_file(copy / name, entry), (copy / name).stat()) for name, entry in files}
     except OSError as error:
         raise Damaged(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
-def _bring(
-    copy: Path,
-    step: int,
-    files: dict[str, tuple[bytes, os.stat_result]],
-    folder: Path,
-    values: dict[str, Any],
-    same_so_far: Same,
-) -> None:
-    of_run = {name.removeprefix(RUN): file for name, file in files.items() if name.startswith(RUN)}
-    if runfolder.RUN in of_run:
-        before, _ = of_run[runfolder.RUN]
+def _check(copy: Path, step: int, files: Files, values: dict[str, Any], same_so_far: Same) -> None:
+    """Raises ConfigError for a copy of another run."""
+    if WHOSE in files:
+        before, _ = files[WHOSE]
 
         def same(earlier: config.Run) -> bool:
             return same_so_far(earlier, step)
 
         runfolder.check(copy / runfolder.RUN, before, values, same, "checkpoint.replica")
+
+
+def _bring(copy: Path, step: int, files: Files, folder: Path) -> None:
+    of_run = {name.removeprefix(RUN): file for name, file in files.items() if name.startswith(RUN)}
     make_folder(folder)
     groups: dict[str, dict[str, bytes]] = {}
     for name, (data, was) in sorted(of_run.items(), key=lambda item: item[0] != runfolder.RUN):  # it says whose it is
