@@ -281,3 +281,40 @@ def test_training_goes_on_from_the_replica_alone(tiny_folder: Path, tmp_path: Pa
         printed = trained(run("c"))[1]
     assert "mount the drive again" in printed
     assert_same(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_replica_that_missed_copies_gets_the_newest_when_the_command_is_given_again(
+    tiny_folder: Path, tmp_path: Path, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = prepared(generate(12, solutions_per_question=4, seed=1), tmp_path / "d", 8)
+    run = settings(tmp_path / "run", data, tiny_folder, checkpoint={"every": 2, "replica": str(drive)})
+    real = replica._write
+
+    def write(source: replica.Source, target: Path) -> None:
+        real(source, target)
+        if source.step == 2:
+            drive.parent.rename(tmp_path / "away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replica, "_write", write)
+        said = trained(run)[1]
+    assert "could not be copied" in said
+    (tmp_path / "away").rename(drive.parent)
+    assert [path.name for path in drive.iterdir()] == ["step-00000002"]
+    trained(run)  # which has no step left to do
+    last = checkpoints(tmp_path / "run")[-1]
+    assert sorted(path.name for path in drive.iterdir()) == ["step-00000002", last.name]
+    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl", "evaluation.json"):
+        assert (drive / last.name / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    before = (drive / last.name / "manifest.json").stat().st_mtime_ns
+    trained(run)  # and once it is there, it stays as it is
+    assert (drive / last.name / "manifest.json").stat().st_mtime_ns == before
+    assert len(list(drive.iterdir())) == 2
+    # The same where the run goes on, before its next checkpoint.
+    shutil.rmtree(drive)
+    for path in checkpoints(tmp_path / "run")[1:]:
+        shutil.rmtree(path)
+    copied = []
+    monkeypatch.setattr(replica, "_write", lambda source, target: (copied.append(source.step), real(source, target)))
+    trained(run)
+    assert copied[0] == 4

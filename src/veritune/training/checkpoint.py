@@ -118,7 +118,7 @@ class Saver:
         as none has come so far."""
         if self._mirror is None:
             return self._seconds
-        return self._seconds + self._mirror.seconds if self._mirror.seconds else 0.0
+        return self._seconds + self._mirror.seconds if self._seconds and self._mirror.seconds else 0.0
 
     def save(self, step: int, tensors: Groups, state: dict[str, Any]) -> None:
         """Takes a copy of everything and starts to write it.
@@ -133,6 +133,11 @@ class Saver:
         along = replicas.Along(self._run) if self._mirror is not None and self._run is not None else None
         self._thread = threading.Thread(target=self._work, args=(step, files, along, took), name="veritune-save")
         self._thread.start()
+
+    def copy(self, checkpoint: Path) -> None:
+        """Has a checkpoint of an earlier session copied, where the replica lacks it."""
+        if self._mirror is not None and self._run is not None:
+            self._mirror.send(checkpoint, replicas.Along(self._run))
 
     def wait(self) -> None:
         """Returns when the last save is on the local disk. Raises CheckpointError if it failed."""

@@ -132,15 +132,16 @@ class Mirror:
                     self._thread = None
                     return
             began = time.monotonic()
-            _copy(source, self._replica, self._keep, self._messages.append)
-            self.seconds = max(self.seconds, time.monotonic() - began)
+            if _copy(source, self._replica, self._keep, self._messages.append):
+                self.seconds = max(self.seconds, time.monotonic() - began)
 
     def _report(self) -> None:
         while self._messages:
             self._warn(self._messages.pop(0))
 
 
-def _copy(source: Source, replica: Path, keep: int, warn: Warn) -> None:
+def _copy(source: Source, replica: Path, keep: int, warn: Warn) -> bool:
+    """Returns False where the replica has it."""
     target = None
     with source.files:
         try:
@@ -163,12 +164,13 @@ def _copy(source: Source, replica: Path, keep: int, warn: Warn) -> None:
             if target is not None:
                 with suppress(OSError):
                     _delete(target)
-            return
+            return True
     for old in outdated:
         try:
             _delete(old)
         except OSError as error:
             warn(f"old copy {old} could not be deleted: {error.strerror}")
+    return target is not None
 
 
 def _delete(target: Path) -> None:
@@ -180,7 +182,7 @@ def _is_copy(source: Source, target: Path) -> bool:
     try:
         verify(target)
         held = read_manifest(target)["files"]
-        return held == {name: entry_of(source.read(name)) for name in source.names}
+        return source.entries.items() <= held.items()  # what goes along differs from session to session
     except (OSError, Damaged):
         return False
 

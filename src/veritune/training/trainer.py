@@ -109,6 +109,8 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
     try:
         if at.best_quality:  # best/ may be missing, or of a step that a killed session had done since
             save_adapter(state, folder / "best", at.best_step, at.best_quality, state.best)
+        if saved:  # the drive may have been away when it was made
+            saver.copy(saved.path)
         with about, shown, Display(console, state, at.done) as display:
             stop.training = True
             try:
