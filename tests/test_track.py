@@ -43,6 +43,12 @@ def test_what_came_after_the_step_is_dropped_and_the_rest_stays(log: Path, step:
     assert lines(log)[-1] == {"step": step + 1, "loss": 7}
 
 
+def test_a_validation_that_is_measured_again_is_dropped_too(log: Path) -> None:
+    before = lines(log)
+    Tracker(log, from_step=4, validated=2).close()
+    assert lines(log) == [line for line in before if (line["step"], "validation" in line) < (4, True)]
+
+
 @pytest.mark.parametrize(
     "torn",
     [

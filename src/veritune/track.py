@@ -11,18 +11,19 @@ from typing import Any
 from .durable import replace_file
 from .quality.metrics import plain
 
-LINE = re.compile(rb'\{"step": (\d+)[,}][^\n]*(?<=\})\n')
+LINE = re.compile(rb'\{"step": (\d+)(?:, ("validation"): |[,}])[^\n]*(?<=\})\n')
 
 
 class Tracker:
-    """Appends to a run's metrics.jsonl. A resumed run first drops what was logged after the step it goes on from.
+    """Appends to a run's metrics.jsonl. A resumed run first drops what was logged after the step it goes on from,
+    and validations after the step `validated`, which are made again.
 
     What stays is never written anew, unless lines between have to go: a kill at any moment loses nothing of it.
     """
 
-    def __init__(self, path: Path, *, from_step: int) -> None:
+    def __init__(self, path: Path, *, from_step: int, validated: int | None = None) -> None:
         if path.exists():
-            _drop_after(path, from_step)
+            _drop_after(path, from_step, from_step if validated is None else validated)
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
@@ -54,11 +55,13 @@ class Tracker:
         self._file.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Leaves the whole lines up to a step. Half a million lines a second: none is parsed."""
+def _drop_after(path: Path, step: int, validated: int) -> None:
+    """Leaves the whole lines up to a step, validations up to `validated`. Half a million lines a second: none is
+    parsed."""
     lines = path.read_bytes().splitlines(keepends=True)
     # A line that a kill left half written is none.
-    kept = [line for line in lines if (match := LINE.fullmatch(line)) and int(match[1]) <= step]
+    found = [(line, match) for line in lines if (match := LINE.fullmatch(line))]
+    kept = [line for line, match in found if int(match[1]) <= (validated if match[2] else step)]
     size, was = sum(map(len, kept)), path.stat()
     if kept == lines[: len(kept)]:
         os.truncate(path, size)

@@ -77,6 +77,9 @@ def same(a: Path, b: Path) -> None:
     assert cards[0] == cards[1]
     lines = [(line["step"], *sorted(set(line) & {"loss", "validation"})) for line in metrics(b)]
     assert len(lines) == len(set(lines))
+    left, right = (it / "forgetting.json" for it in (a, b))
+    assert left.exists() == right.exists()
+    assert not left.exists() or left.read_bytes() == right.read_bytes()
 
 
 @pytest.mark.parametrize("optimizer", get_args(config.Optimizer))
@@ -143,6 +146,40 @@ def test_a_signal_inside_a_step_or_a_validation_changes_nothing(
     again = copied_until(want, step, tmp_path / "again")
     signalled(again, base, steps if name == "micro_loss" else measure, name, call, monkeypatch)
     assert not (tmp_path / "again" / "adapter").exists()
+    go(again, base)
+    same(Path(want.out), Path(again.out))
+
+
+class Killed(BaseException):
+    """Nothing is saved after it, as after a kill."""
+
+
+@pytest.mark.parametrize(("kind", "step", "call"), [("whole", 1, 1), ("stream", 2, 1), ("stream", 2, 3)])
+def test_a_validation_between_a_stop_and_a_kill_is_not_kept_twice(
+    request: pytest.FixtureRequest,
+    base: load.Base,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    step: int,
+    call: int,
+) -> None:
+    """The stop, before the validation or a probe is done, saves the step; the next session measures, and is killed
+    before it has saved that."""
+    want: config.Run = request.getfixturevalue(kind)
+    again = copied_until(want, step, tmp_path / "again")
+    signalled(again, base, measure, "score_ids", call, monkeypatch)
+
+    def kill(*unused: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", kill)
+        with pytest.raises(Killed):
+            go(again, base)
+    last = metrics(tmp_path / "again")[-1]
+    assert "validation" in last
+    assert last["step"] == int(checkpoints(tmp_path / "again")[-1].name[5:])
     go(again, base)
     same(Path(want.out), Path(again.out))
 

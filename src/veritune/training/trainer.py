@@ -101,7 +101,7 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
     saver: Any = distributed.Nobody()
     about, shown = nullcontext(), nullcontext()
     if world.first:
-        tracker = Tracker(folder / "metrics.jsonl", from_step=at.done)
+        tracker = Tracker(folder / "metrics.jsonl", from_step=at.done, validated=at.validated)
         saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, replica=replica, run=folder, warn=console.out)
         trained = sum(p.numel() for p in state.parameters)
         about = status.running(folder, state.plan, state.base.device, step=at.done, parameters=trained)
