@@ -246,6 +246,29 @@ def test_a_resume_refuses_other_mathematics_and_takes_other_intervals(
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_losses_on_other_validation_rows_are_not_compared(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    def run(rows: int, name: str = "whole") -> config.Run:
+        how = {"validation": {"every": 1, "rows": rows}, "checkpoint": {"every": 1, "keep": 9}}
+        # At this learning rate it gets worse.
+        return settings(tmp_path / name, data, tiny_folder, train={"lr": 0.05, "schedule": "constant"}, **how)
+
+    trained(run(8))
+    copied_until(run(8), 3, tmp_path / "again")
+    printed = trained(run(16, "again"))[1]
+    assert "validation is on 16 rows, before on 8: the next one is the best" in printed
+    lines = {line["step"]: line["validation"] for line in metrics(tmp_path / "again") if "validation" in line}
+    assert [lines[step]["rows"] for step in range(1, 7)] == [8, 8, 8, 16, 16, 16]
+    best = min(range(4, 7), key=lambda step: lines[step]["loss"])
+    assert lines[3]["loss"] < lines[best]["loss"]
+    card = (tmp_path / "again" / "best" / "README.md").read_text(encoding="utf-8")
+    assert f"After step {best}, on 16 held-out rows" in card
+    shown = folder.read(tmp_path / "again").metrics.best
+    assert shown is not None
+    assert shown["step"] == best
+    assert "before on" not in trained(run(16, "again"))[1]
+    assert "before on" not in trained(run(8, "again"))[1]  # nothing is left to validate
+
+
 def test_a_folder_of_other_things_is_not_a_run(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty and holds no run"):

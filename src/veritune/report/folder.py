@@ -73,8 +73,9 @@ class Metrics:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation with the lowest loss."""
-        finite = [entry for entry in self.validations if isinstance(entry.get("loss"), int | float)]
+        """The validation with the lowest loss, of those on as many rows as the last."""
+        alike = [entry for entry in self.validations if entry.get("rows") == self.validations[-1].get("rows")]
+        finite = [entry for entry in alike if isinstance(entry.get("loss"), int | float)]
         return min(finite, key=lambda entry: entry["loss"], default=None)
 
 

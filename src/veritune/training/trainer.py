@@ -1,5 +1,6 @@
 """The training loop, and what it needs around it: phases that begin and end, measuring, saving, resuming."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -95,6 +96,10 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
     distributed.check_same(world, runfolder.mathematics(values))
     world.same(state.parameters)
     at = restore(state, saved) if saved else At()
+    rows, before = len(state.validation.labels), (at.best_quality or {}).get("rows")
+    if before not in (None, rows) and at.validated < len(state.plan):
+        at.best = math.inf  # losses on other rows are not to be compared
+        console.out(f"validation is on {rows:,} rows, before on {before:,}: the next one is the best", highlight=False)
     state.saved = (at.done, at.validated)
     show_plan(console, state, at.done)
     tracker: Any = distributed.Nobody()
