@@ -3,6 +3,7 @@ way from labelled rows to a submission."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,6 +390,26 @@ def test_a_process_ends_before_its_hours_with_all_saved(place: Place, tiny_folde
     assert "the limit of" in done.stdout
     steps = [line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
     assert (out / "checkpoints" / f"step-{steps[-1]:08d}" / "manifest.json").exists()
+
+
+def test_a_limit_too_short_for_a_step_is_a_mistake(
+    place: Place, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loop of restarts would never end: no session would get further."""
+    out = tmp_path / "run"
+    file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out)
+    args = ["train", str(file), "--checkpoint.every", "1", "--checkpoint.keep", "9"]
+    limit = ["--hours", "0.0001"]  # this process is older
+    said = told(capsys, *args, *limit)
+    assert "stopped by the limit of 0.0001 hours before anything was done: of its 0 s, loading took " in said
+    assert "Give it more hours" in said
+    assert run(args) == 0
+    first, *later = sorted((out / "checkpoints").iterdir())
+    for path in later:
+        shutil.rmtree(path)
+    assert "before anything was done" in told(capsys, *args, *limit)
+    assert list((out / "checkpoints").iterdir()) == [first]
+    assert run(args) == 0
 
 
 def test_a_stopped_process_goes_on_with_the_same_command(place: Place, tiny_folder: Path, tmp_path: Path) -> None:

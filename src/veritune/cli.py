@@ -21,6 +21,7 @@ from .errors import ConfigError, MissingError, VerituneError, first_line
 from .flags import check, names, parse, run_file, several
 from .redact import redact
 from .suggest import did_you_mean, nearest
+from .training.session import explained
 
 USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier of mathematical solutions.
 
@@ -124,9 +125,10 @@ def train(args: Sequence[str]) -> None:
         from .training.launch import launch
 
         raise SystemExit(launch(gpus, ["train", *args]))
-    from .training.trainer import train as run_training
+    with explained():
+        from .training.trainer import train as run_training
 
-    quality = run_training(run, console)
+        quality = run_training(run, console)
     console.print(
         f"done: {run.out}/adapter (last), {run.out}/best (lowest validation loss); accuracy "
         f"{quality['accuracy']:.3f}, AUROC {quality['auroc']:.3f} on {quality['rows']:,} held-out rows. "

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from ..errors import ConfigError
+
 GRACE = 8.0  # seconds after a signal in which the loop may come to a good end by itself
 PATIENCE = 25.0  # seconds after a signal in which the run ends, if its disk lets it; a slow replica is not waited for
 CAUTION = 1.25  # of the longest time that a kind of work has taken
@@ -25,6 +27,10 @@ _LOADED = time.monotonic()
 
 class Stop(KeyboardInterrupt):
     """The run has to save and stop; its text says why."""
+
+
+class TooShort(Stop):
+    """The limit came before the session had done anything, so the same command would get no further."""
 
 
 class Session:
@@ -80,6 +86,18 @@ class Session:
             self.reason = self.asked
         if self.reason is not None:
             raise Stop(self.reason)
+
+    @property
+    def limited(self) -> bool:
+        """Whether it is the limit for which this process wants the run to stop."""
+        return self.asked is not None and self._signalled is None
+
+    def too_short(self, loaded: float) -> TooShort:
+        """What to raise where the limit left no time for anything, after a loading of so many seconds."""
+        return TooShort(
+            f"the limit of {self._seconds / 3600:g} hours before anything was done: of its {self._seconds:.0f} s, "
+            f"loading took {loaded:.0f}, and saving and ending may take {self.needed():.0f}. Give it more hours"
+        )
 
     def agree(self, wanted: bool) -> None:
         """After the processes have told each other whether any of them wants to stop."""
@@ -154,6 +172,16 @@ def session(hours: float | None = None) -> Iterator[Session]:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a command that trains. Raises ConfigError for a session that was too short: a loop that gives the command
+    again whenever it was stopped would never end."""
+    try:
+        yield
+    except TooShort as reason:
+        raise ConfigError(f"stopped by {reason}") from None
 
 
 def age() -> float:

@@ -26,7 +26,7 @@ from .feed import ahead, read
 from .fetch import fetch
 from .measure import probe, validate, write_forgetting
 from .progress import At, begin, copies, restore, save_checkpoint
-from .session import Session, Stop, session
+from .session import Session, Stop, age, session
 from .setup import begun_from_nothing, prepare
 from .state import Training, Watch
 from .step import deterministic, fitting, update
@@ -117,7 +117,7 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
         if saved:  # the drive may have been away when it was made
             saver.copy(saved.path)
         with about, shown, Display(console, state, at.done) as display:
-            stop.training = True
+            stop.training, loaded, began = True, age(), state.saved
             try:
                 after_step(state, at, folder, tracker, saver, display, stop)
                 for step, micros, cut in ahead(state, at.done):
@@ -145,7 +145,9 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
                 stop.heard()
                 save(state, at, tracker, saver, stop)
                 saver.wait()
-                world.wait()  # a process that ended earlier would be taken for a failure
+                # All are waited for: a process that ended earlier would be taken for a failure.
+                if any(world.gather(stop.limited)) and (at.done, at.validated) == began:
+                    raise stop.too_short(loaded) from None
                 where = f"after step {at.done:,}" if at.done else "before the first step"
                 display.say(f"stopped by {stop.reason} {where}; the same command goes on from there")
                 raise
