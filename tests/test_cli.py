@@ -379,6 +379,25 @@ def test_a_pipe_that_nobody_reads_ends_the_process_in_silence(args: list[str], t
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_libraries_are_read_is_said(tmp_path: Path, name: str) -> None:
+    file = toml(tmp_path / "run.toml", tmp_path / "prepared", tmp_path / "model", tmp_path / "run")
+    code = f"""
+import os, signal, sys
+from veritune import cli
+class Reading:
+    def find_spec(self, module, *unused):
+        if module == "torch":
+            os.kill(os.getpid(), signal.{name})
+sys.meta_path.insert(0, Reading())
+sys.argv = ["veritune", "train", {str(file)!r}]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"stopped by {name} before the first step; the same command goes on\n"
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_a_process_ends_before_its_hours_with_all_saved(place: Place, tiny_folder: Path, tmp_path: Path) -> None:
     out, limit = tmp_path / "run", 30.0
     file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out, train="epochs = 3000")

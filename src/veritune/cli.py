@@ -21,7 +21,7 @@ from .errors import ConfigError, MissingError, VerituneError, first_line
 from .flags import check, names, parse, run_file, several
 from .redact import redact
 from .suggest import did_you_mean, nearest
-from .training.session import explained
+from .training.session import explained, interrupt
 
 USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier of mathematical solutions.
 
@@ -125,7 +125,7 @@ def train(args: Sequence[str]) -> None:
         from .training.launch import launch
 
         raise SystemExit(launch(gpus, ["train", *args]))
-    with explained():
+    with explained(console.out):
         from .training.trainer import train as run_training
 
         quality = run_training(run, console)
@@ -338,7 +338,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Entry point of the `veritune` command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before and after a session, which has its own
+    signal.signal(signal.SIGTERM, interrupt)  # before and after a session, which has its own
     try:
         code = run(sys.argv[1:])
         if code == 0:

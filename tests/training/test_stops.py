@@ -38,7 +38,7 @@ def test_a_stop_is_clean_and_the_run_goes_on_to_the_same_end(stopped: dict[str, 
 @pytest.mark.parametrize(
     ("stage", "steps", "says"),
     [
-        ("loading", [], "stopped by SIGTERM"),
+        ("loading", [], "stopped by SIGTERM before the first step"),
         ("compiling", [1, 2, 3], "stopped by SIGTERM after step 3"),
         ("validating", [2, 3], "stopped by SIGINT after step 3"),
         ("saving", [1, 2], "stopped by SIGTERM after step"),

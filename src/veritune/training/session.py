@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -174,14 +174,25 @@ def session(hours: float | None = None) -> Iterator[Session]:
             signal.signal(number, handler)
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """The handler of a signal outside a session."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 @contextmanager
-def explained() -> Iterator[None]:
-    """Around a command that trains. Raises ConfigError for a session that was too short: a loop that gives the command
-    again whenever it was stopped would never end."""
+def explained(say: Callable[[str], None]) -> Iterator[None]:
+    """Around a command that trains. Says what stopped it before its session began: libraries are read for seconds.
+    Raises ConfigError for a session that was too short: a loop that gives the command again whenever it was stopped
+    would never end."""
     try:
         yield
     except TooShort as reason:
         raise ConfigError(f"stopped by {reason}") from None
+    except Stop:
+        raise
+    except KeyboardInterrupt as reason:
+        say(f"stopped by {str(reason) or 'SIGINT'} before the first step; the same command goes on")
+        raise
 
 
 def age() -> float:

@@ -65,7 +65,8 @@ def train(
                 then(state)
         except Stop:
             if not stop.training:
-                console.out(f"stopped by {stop.reason} before training; the same command goes on", highlight=False)
+                text = f"stopped by {stop.reason} before the first step; the same command goes on"
+                console.out(text, highlight=False)
             raise
         finally:
             if base is not None:
