@@ -104,3 +104,8 @@ def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path: Path) -> Non
     with pytest.raises(OSError, match=r"No space left on device\. Make room there") as error:
         tracker.log(1, loss=0.5)
     assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    # The end of the run tries again: its error is what the user sees.
+    with pytest.raises(OSError, match=r"No space left on device\. Make room there") as error:
+        tracker.close()
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    tracker.close()

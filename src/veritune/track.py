@@ -52,7 +52,9 @@ class Tracker:
             raise OSError(error.errno, f"{error.strerror}. {advice}", str(self._path)) from None
 
     def close(self) -> None:
-        self._file.close()
+        """Writes what `log` could not. Raises OSError."""
+        with self._told():
+            self._file.close()
 
 
 def _drop_after(path: Path, step: int, validated: int) -> None:
