@@ -11,6 +11,7 @@ from local_hub import serving
 from tiny_models import write_folder
 
 from veritune.data.generate import write
+from veritune.model import load
 
 
 def test_rows_and_model_come_from_a_hub_and_later_from_its_cache(tmp_path: Path) -> None:
@@ -38,6 +39,8 @@ def test_rows_and_model_come_from_a_hub_and_later_from_its_cache(tmp_path: Path)
         veritune("train", "run.toml", "--out", "online")
         assert any(path.endswith("/train.jsonl") for path in asked)
         assert any(path.endswith("/model.safetensors") for path in asked)
+    resolved = json.loads((tmp_path / "online" / "run.json").read_text())["resolved"]
+    assert resolved["model.weights"] == load.fingerprint(hub / "models" / "me" / "tiny")
     manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
     assert manifest["sources"][0]["name"] == "hf://datasets/me/rows/train.jsonl"
 

@@ -24,7 +24,7 @@ def trained(model: Path, out: Path, *, seed: int = 3, max_length: int = 512, **l
     for name, value in made.named_parameters():
         if "lora_" in name:
             value.data = torch.randn(value.shape, generator=generator) * 0.05
-    about = adapter.About(frame, str(model), "fp32", "the data's fingerprint", 0.5)
+    about = adapter.About(frame, str(model), "fp32", "the data's fingerprint", 0.5, base.weights)
     publish(out, adapter.files(made, about, "# Card"))
     return out
 

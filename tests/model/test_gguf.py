@@ -97,6 +97,7 @@ def test_another_content_in_the_same_place_is_another_model(tmp_path: Path, cach
     (tmp_path / "b.gguf").rename(file)
     assert_same(after, base_of(file))
     assert len(folders(cache)) == 2
+    assert before.weights != after.weights == base_of(file.rename(tmp_path / "b.gguf")).weights is not None
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "manifest", "half"])

@@ -14,7 +14,7 @@ import torch
 from made_adapters import loaded, trained, values
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import byte_level, tiny, worked_text
+from tiny_models import byte_level, tiny, worked_text, write_folder
 from transformers import AutoModelForCausalLM
 
 from veritune import config
@@ -125,6 +125,16 @@ def test_identity_names_all_that_a_score_depends_on(folder: Path, tiny_folder: P
                   for path, p in zip(paths, ("auto", "auto", "auto", "bf16"), strict=True)]  # fmt: skip
     assert len(set(identities)) == 4
     assert loaded(Path(shutil.copytree(folder, tmp_path / "elsewhere"))).identity == identities[0]
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    assert loaded(folder, base=str(base)).identity == identities[0]
+    write_folder(base, seed=1)
+    said: list[str] = []
+    changed_base = Verifier.load(folder, base=str(base), device="cpu", warn=said.append)
+    assert changed_base.identity not in identities
+    assert said == [f"{folder}: was trained on other weights than {base} has now, so its scores may mean little"]
+    older = changed("of an earlier version", lambda it: it.pop("weights"))
+    assert loaded(older).identity == identities[0]
+    assert loaded(older, base=str(base)).identity == changed_base.identity
 
 
 # The adapter's files.
@@ -163,6 +173,22 @@ def test_a_base_that_moved(folder: Path, tiny_folder: Path, tmp_path: Path) -> N
         loaded(copy)
     found = loaded(copy, base=str(tiny_folder))
     assert found.score("Q", ["S"]).tolist() == pytest.approx(loaded(folder).score("Q", ["S"]).tolist(), abs=1e-6)
+
+
+def test_a_large_file_of_weights_is_known_by_pieces_of_it(tmp_path: Path) -> None:
+    file, seen = tmp_path / "model-00001-of-00002.safetensors", set()
+    content = np.random.default_rng(0).bytes(40 << 20)
+    for at in (None, 0, 20 << 20, len(content) - (64 << 10)):  # 64 KiB are changed there
+        changed = content if at is None else content[:at] + bytes(64 << 10) + content[at + (64 << 10) :]
+        file.write_bytes(changed)
+        seen.add(load.fingerprint(tmp_path))
+    file.write_bytes(content)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"what transformers does not read")
+    assert load.fingerprint(tmp_path) in seen
+    file.rename(tmp_path / "model.safetensors")
+    seen.add(load.fingerprint(tmp_path))
+    assert len(seen - {None}) == 5
+    assert load.fingerprint(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize(

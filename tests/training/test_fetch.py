@@ -252,20 +252,24 @@ def test_a_fetch_that_is_cut_off_is_begun_again(tmp_path: Path, drive: Path, mon
 def test_training_goes_on_from_the_replica_alone(tiny_folder: Path, tmp_path: Path, drive: Path) -> None:
     data = prepared(generate(12, solutions_per_question=4, seed=1), tmp_path / "d", 8)
 
-    def run(name: str, **changes: Any) -> config.Run:
-        it = {"every": 1, "keep": 9, "replica": str(drive)} | changes
-        return settings(tmp_path / name, data, tiny_folder, validation={"every": 2}, checkpoint=it)
+    def run(name: str, model: Path = tiny_folder) -> config.Run:
+        it = {"every": 1, "keep": 9, "replica": str(drive)}
+        return settings(tmp_path / name, data, model, validation={"every": 2}, checkpoint=it)
 
     trained(run("a"))
     copies = sorted(path.name for path in drive.iterdir())
     assert copies[-1] == checkpoints(tmp_path / "a")[-1].name
-    (tmp_path / "elsewhere").mkdir()
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "elsewhere"))  # where this machine has it
     for path in copies[3:]:
         shutil.rmtree(drive / path)
-    printed = trained(run("b"))[1]
+    printed = trained(run("b", model))[1]
     assert "brought back from" in printed
     assert "going on after step 3" in printed
     assert metrics(tmp_path / "b")[0]["step"] == 1
+    for name in ("adapter_config.json", "veritune.json"):
+        file = tmp_path / "b" / "adapter" / name
+        assert str(model) in file.read_text()
+        file.write_text(file.read_text().replace(str(model), str(tiny_folder)))
     assert_same(tmp_path / "a", tmp_path / "b")
     # And a drive that goes away while it trains stops nothing.
     shutil.rmtree(drive.parent)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import checkpoints, losses, prepared, settings, trained
+from tiny_models import write_folder
 
 from veritune import config
 from veritune.data.generate import generate
@@ -101,6 +103,25 @@ def test_with_dropout_how_a_step_is_cut_may_not_change(tiny_folder: Path, tmp_pa
                 trained(again)
         else:
             trained(again)
+
+
+def test_other_weights_under_the_same_path_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    data = prepared(generate(8, solutions_per_question=4, seed=1), tmp_path / "d", 8)
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    trained(settings(tmp_path / "run", data, model))
+    copied = Path(shutil.copytree(tmp_path / "run", tmp_path / "copied"))
+    write_folder(model, seed=1)
+    with pytest.raises(ConfigError, match=r"model\.weights was '\w+', is '\w+' \(the fingerprint of what model.path"):
+        trained(settings(tmp_path / "run", data, model))
+    # The same weights elsewhere; and a run of an earlier version, of which only the path is known.
+    trained(settings(tmp_path / "run", data, tiny_folder))
+    values = json.loads((copied / "run.json").read_text())
+    assert values["resolved"].pop("model.weights")
+    runfolder.write_json(copied / "run.json", values)
+    with pytest.raises(ConfigError, match=r"other settings: model\.path was '.*model', is '.*'\. Put"):
+        trained(settings(copied, data, tiny_folder))
+    trained(settings(copied, data, model))
+    assert json.loads((copied / "run.json").read_text())["resolved"]["model.weights"]
 
 
 def test_a_finished_run_whose_metrics_were_deleted_is_finished_still(tiny_folder: Path, tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class About:
     """The fingerprint of the dataset it was trained on."""
     share: float | None
     """Of the rows it was trained on, how many are correct; None if an earlier version did not write it down."""
+    weights: str | None = None
+    """The base's `Base.weights`; None if an earlier version did not write it down."""
 
 
 def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str | None = None) -> Any:
@@ -197,6 +199,7 @@ def files(model: Any, about: About, card: str) -> dict[str, bytes | dict[str, to
     values = {
         "frame": about.frame.to_json(),
         "base": about.base,
+        "weights": about.weights,
         "precision": about.precision,
         "data": about.data,
         "share": about.share,
@@ -223,6 +226,6 @@ def read_about(path: str | Path) -> About:
         values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         frame = Frame.from_json(values["frame"])
         share = None if values.get("share") is None else float(values["share"])
-        return About(frame, values["base"], values["precision"], values["data"], share)
+        return About(frame, values["base"], values["precision"], values["data"], share, values.get("weights"))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / ABOUT}: damaged ({error})") from None

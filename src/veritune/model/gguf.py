@@ -46,29 +46,34 @@ def read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def place_of(file: Path, dtype: torch.dtype, root: Path) -> Path:
-    """The folder for a GGUF's weights: named by its content, the type of number, and who converts."""
+def content(file: Path) -> Any:
+    """The SHA-256 of a file, as hashlib holds it."""
     with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256")
+        return hashlib.file_digest(opened, "sha256")
+
+
+def place_of(file: Path, hashed: Any, dtype: torch.dtype, root: Path) -> Path:
+    """The folder for a GGUF's weights: named by its content, the type of number, and who converts."""
+    digest = hashed.copy()
     digest.update(f"{FORMAT} {transformers.__version__}".encode())
     return root / "gguf" / f"{file.stem}-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:32]}"
 
 
 def kept(
-    file: Path, dtype: torch.dtype, whole: Callable[[Any], Any], say: Callable[[str], None]
+    file: Path, hashed: Any, dtype: torch.dtype, whole: Callable[[Any], Any], say: Callable[[str], None]
 ) -> Path | tuple[Any, Any]:
     """The folder with a GGUF's weights and tokenizer, made if it is not there; or, where it cannot be kept, model and
     tokenizer.
 
-    whole: takes transformers' model and report and gives the model, or raises. Processes that want the same folder
-    wait for the one that makes it. Raises what transformers raises for a file that is no GGUF; trouble with the disk
-    is said and costs no more than the time.
+    hashed: the file's `content`. whole: takes transformers' model and report and gives the model, or raises. Processes
+    that want the same folder wait for the one that makes it. Raises what transformers raises for a file that is no
+    GGUF; trouble with the disk is said and costs no more than the time.
     """
     root = cache_folder()
     made: tuple[Any, Any] | None = None
     try:
         if root is not None:
-            place = place_of(file, dtype, root)
+            place = place_of(file, hashed, dtype, root)
             if durable.looks_whole(place):
                 return place
             durable.make_folder(place.parent)

@@ -1,6 +1,8 @@
 """Whether the model hub can be reached and knows a name, asked once and quickly: the hub's own client retries a network
 that is not there for most of a minute, for each file."""
 
+from pathlib import Path
+
 import httpx
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -23,7 +25,7 @@ def check(path: str) -> None:
             f"model.path = {path!r}: neither a folder here nor a name that the hub could have. It must be a hub id, a "
             "folder with config.json, weights and tokenizer.json, or a .gguf file"
         ) from None
-    cached = isinstance(try_to_load_from_cache(path, "config.json"), str)
+    cached = folder(path) is not None
     if constants.is_offline_mode():
         if not cached:
             raise _missing(path, "the hub is not asked, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
@@ -44,6 +46,12 @@ def check(path: str) -> None:
         if not cached:
             raise _missing(path, f"{constants.ENDPOINT} cannot be reached ({error})") from None
         constants.HF_HUB_OFFLINE = True  # its client reads this before each request, and retries otherwise
+
+
+def folder(path: str) -> Path | None:
+    """Where the local cache holds the files of a model."""
+    found = try_to_load_from_cache(path, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _missing(path: str, why: str) -> ModelError:

@@ -2,6 +2,7 @@
 transformers' and its tokenizer."""
 
 import contextlib
+import hashlib
 import io
 import os
 import sys
@@ -27,6 +28,7 @@ from .head import widen
 from .verdict import Way
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp8": torch.bfloat16}
+HEAD, PIECES, PIECE = 1 << 20, 1 << 10, 1 << 12
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Base:
     device: torch.device
     precision: str  # fp32 | bf16 | nf4 | fp8
     path: str
+    weights: str | None = None
+    """The fingerprint of the files it came from, for telling whether they have changed."""
     unpacked: bool = False
     """Its NF4 layers, those at least that an adapter was on, are held as bf16; see `precision.hold_unpacked`."""
     checked: dict[int, str | None] = field(default_factory=dict)
@@ -87,7 +91,7 @@ def load_base(settings: config.Model) -> Base:
     say = partial(print, file=sys.stderr)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # bars of other libraries
-            model, tokenizer = _load(path, local, precision, device, say)
+            model, tokenizer, weights = _load(path, local, precision, device, say)
     except torch.OutOfMemoryError as error:
         raise RoomError(
             f"model.path = {path!r}: GPU memory ran out when loading it as {precision}: {first_line(error)} "
@@ -101,15 +105,37 @@ def load_base(settings: config.Model) -> Base:
     model.requires_grad_(False)
     model.eval()
     widen(model)
-    return Base(model, tokenizer, device, precision, path)
+    return Base(model, tokenizer, device, precision, path, weights)
 
 
-def _load(path: str, local: Path, precision: str, device: torch.device, say: Callable[[str], None]) -> tuple[Any, Any]:
+def _load(
+    path: str, local: Path, precision: str, device: torch.device, say: Callable[[str], None]
+) -> tuple[Any, Any, str | None]:
     if local.is_file():
-        return _from_gguf(local, precision, device, say)
+        hashed = gguf.content(local)
+        return *_from_gguf(local, hashed, precision, device, say), hashed.hexdigest()[:16]
     name = str(local) if local.is_dir() else path
     tokenizer = AutoTokenizer.from_pretrained(name)
-    return _from_folder(name, precision, device), tokenizer
+    model = _from_folder(name, precision, device)
+    return model, tokenizer, fingerprint(local if local.is_dir() else hub.folder(path))
+
+
+def fingerprint(folder: Path | None) -> str | None:
+    """Of the weights in a model's folder: their files' names and sizes, and the content of each as far as it is read in
+    a fraction of a second: the first MiB and 1,024 pieces of 4 KiB at equal distances. None if there are none."""
+    if folder is None:
+        return None
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(HEAD))
+            for place in range(HEAD, size, max((size - HEAD) // PIECES, PIECE)):
+                opened.seek(place)
+                digest.update(opened.read(PIECE))
+    return digest.hexdigest()[:16] if files else None
 
 
 def _from_folder(name: str, precision: str, device: torch.device) -> Any:
@@ -130,9 +156,11 @@ def _from_folder(name: str, precision: str, device: torch.device) -> Any:
     return model
 
 
-def _from_gguf(file: Path, precision: str, device: torch.device, say: Callable[[str], None]) -> tuple[Any, Any]:
+def _from_gguf(
+    file: Path, hashed: Any, precision: str, device: torch.device, say: Callable[[str], None]
+) -> tuple[Any, Any]:
     """A GGUF's weights, dequantised. transformers refuses GGUF and NF4 at once, so NF4 goes through a saved folder."""
-    found = gguf.kept(file, DTYPES[precision], _whole, say)
+    found = gguf.kept(file, hashed, DTYPES[precision], _whole, say)
     if isinstance(found, Path):
         return _from_folder(str(found), precision, device), AutoTokenizer.from_pretrained(str(found))
     model, tokenizer = found

@@ -93,6 +93,8 @@ class Verifier:
             config.Model, {"path": base or about.base, "base": precision, "device": device}, "verifier"
         )
         loaded = load.load_base(settings)
+        if about.weights and loaded.weights and about.weights != loaded.weights:
+            warn(f"{path}: was trained on other weights than {settings.path} has now, so its scores may mean little")
         load.check_length(loaded, about.frame.max_length)
         check_answers(about.frame, loaded.tokenizer)
         self_check.check_paths(loaded, about.frame.max_length)
@@ -106,7 +108,8 @@ class Verifier:
         model.eval()
         digest = hashlib.sha256((Path(path).expanduser() / "adapter_model.safetensors").read_bytes())
         merged = [] if isinstance(model, PeftModel) else ["merged"]
-        values = [about.frame.to_json(), settings.path, precision, *merged, *([] if share is None else [share])]
+        base = loaded.weights or settings.path
+        values = [about.frame.to_json(), base, precision, *merged, *([] if share is None else [share])]
         digest.update(json.dumps(values, sort_keys=True).encode())
         return Verifier(
             model=model,

@@ -12,10 +12,12 @@ from ..quality.metrics import plain
 
 RUN = "run.json"
 ADAPTERS = ("adapter", "best")
+WEIGHTS = "model.weights"
+"""The resolved value that stands in place of model.path: the fingerprint of the base's weights."""
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
 # what dropout draws, which then come with the resolved values, and for `validation` where it chooses what a phase
 # starts from.
-FREE = ("out", "data.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
+FREE = ("out", "data.path", "model.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
         "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs", "train.deterministic",
         "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
 
@@ -27,8 +29,8 @@ AHEAD = ("phases", "strategy.", "train.epochs", "data.rows")
 def described(run: config.Run, resolved: dict[str, Any]) -> dict[str, Any]:
     """What run.json holds.
 
-    resolved: what decides the mathematics besides the settings (the data's fingerprint, the precision), or in place of
-    a setting.
+    resolved: what decides the mathematics besides the settings (the fingerprints of data and base, the precision), or
+    in place of a setting.
     """
     return {"veritune": __version__, "resolved": resolved, "settings": config.as_dict(run)}
 
@@ -70,6 +72,8 @@ def check(
     setting: what leads to `path`.
     """
     earlier, differing = differences(path, before, values)
+    if WEIGHTS in differing:
+        differing[WEIGHTS] += " (the fingerprint of what model.path names: it has changed, or is another model)"
     ahead = all(key.startswith(AHEAD) for key in differing)
     if differing and not (ahead and same_so_far(earlier)):
         hint = ". With them, steps that are done would have been others" if ahead else ""
@@ -94,6 +98,9 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
         earlier = config.build(config.Run, held["settings"], str(path))
         old = _by_phase(config.flat(config.as_dict(earlier)) | held["resolved"])
         new = _by_phase(mathematics(values))
+        if WEIGHTS not in old:  # of an earlier version
+            new.pop(WEIGHTS, None)
+            new["model.path"] = values["settings"]["model"]["path"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
     keys = [*new, *(key for key in old if key.startswith("phases.") and key not in new)]

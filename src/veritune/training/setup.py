@@ -46,7 +46,9 @@ def prepare(
         encoder=rows_encoder,
         way=base.ways[run.prompt.max_length],
         budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
-        about=adapter.About(words, base.path, base.precision, source.fingerprint, float(source.train.labels.mean())),
+        about=adapter.About(
+            words, base.path, base.precision, source.fingerprint, float(source.train.labels.mean()), base.weights
+        ),
         world=world,
         recomputed=len(load.layers(model)) if run.train.gradient_checkpointing == "on" else 0,
     )

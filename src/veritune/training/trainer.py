@@ -249,6 +249,7 @@ def finish(state: Training, at: At, folder: Path) -> None:
 def decisive(state: Training) -> dict[str, Any]:
     """What decides the mathematics besides the settings: see `runfolder.start`."""
     found: dict[str, Any] = {"fingerprint": state.about.data, "precision": state.base.precision}
+    found[runfolder.WEIGHTS] = state.base.weights or state.base.path
     if state.run.lora.dropout:  # what is dropped depends on how a step is cut, and on what draws the random numbers
         device = state.base.device.type
         compiled = state.run.train.compile and device == "cuda"
