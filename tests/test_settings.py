@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from veritune import cli, config, flags, starter
+from veritune.data.generate import write
 from veritune.errors import ConfigError
 from veritune.search import space
 from veritune.suggest import distance
@@ -169,11 +170,47 @@ def test_distance(a: str, b: str, steps: int) -> None:
         (["--train.lr", "-1"], "flags: train.lr = -1.0: input should be greater than 0"),
         (["--train.batch-size=0"], "flags: train.batch_size = 0: input should be greater than or equal to 1"),
         (["--lora.dropout", "1"], "flags: lora.dropout = 1.0: input should be less than 1"),
+        (["--train.epochs", "inf"], "flags: train.epochs = inf: input should be a finite number"),
+        (["--train.epochs", "1e300"], "flags: train.epochs = 1e+300: input should be less than or equal to 1000000"),
+        (["--train.max-grad-norm", "inf"], "flags: train.max_grad_norm = inf: input should be a finite number"),
+        (["--strategy.replay-ratio", "inf"], "flags: strategy.replay_ratio = inf: input should be a finite number"),
+        (["--hours", "nan"], "flags: session.hours = nan: input should be a finite number"),
+        (["--data.rows", f"{10**20}"], f"flags: data.rows = {10**20}: input should be less than or equal to {2**53}"),
     ],
 )
 def test_a_value_that_a_flag_cannot_have(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["train", "--out", "o", *args]) == 2
     assert capsys.readouterr().err == f"veritune: {told}\n"
+
+
+@pytest.mark.parametrize("name", ["validation_rows", "max_row_bytes", "limit"])
+def test_a_number_that_preparing_cannot_have(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "rows.jsonl", 4, seed=1)
+    args = [str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "p"), f"--{name.replace('_', '-')}", f"{10**20}"]
+    assert cli.run(["prepare", *args]) == 2
+    told = f"veritune: {name} = {10**20}: input should be less than or equal to {2**53}\n"
+    assert capsys.readouterr().err == told
+
+
+def test_what_is_written_of_a_run_is_the_run() -> None:
+    """So a run can be gone on with, whatever its settings."""
+    phase = {"rows": [0, 8], "replay_ratio": 0.5, "epochs": 1e6, "lr": 1e-300, "schedule": "wsd", "start_from": "best"}
+    run = config.build(
+        config.Run,
+        {
+            "out": "o",
+            "phases": [phase, {"rows": [8, config.LARGEST], "optimizer_state": "keep"}],
+            "data": {"path": "d \u00e9\n", "rows": config.LARGEST},
+            "prompt": {"instruction": "{true} \u2028 {false}", "answers": ["Yes", "No"]},
+            "lora": {"alpha": 1 / 3, "targets": ["q_proj"]},
+            "train": {"lr": 5e-324, "max_grad_norm": 0, "memory_gib": 1.7e308, "seed": 2**32 - 1, "start_from": "a"},
+            "strategy": {"ends": [1, 2], "cooldowns": [3], "replay_ratio": 0.1 + 0.2, "column": "solver"},
+            "session": {"hours": 1e-9},
+            "track": {"to": ["wandb", "trackio"], "name": "n"},
+        },
+        "test",
+    )
+    assert config.build(config.Run, json.loads(json.dumps(config.as_dict(run))), "test") == run
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

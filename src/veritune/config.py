@@ -23,7 +23,10 @@ from .suggest import did_you_mean, nearest
 from .sweepkeys import Sweep
 
 T = TypeVar("T")
-STRICT = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstrings=True, allow_inf_nan=False)
+LARGEST = 2**53
+"""Of whole numbers; beyond it the libraries below overflow."""
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 
 INSTRUCTION = (
     "Check the solution to the math problem step by step. Answer {true} if its final answer is correct, "
@@ -37,7 +40,7 @@ class Data:
 
     path: str = "prepared"
     """The prepared dataset: a folder that `veritune prepare` wrote."""
-    rows: Annotated[int | None, Field(ge=1)] = None
+    rows: Count | None = None
     """Train on the first N rows of the prepared order (drawn evenly by label); all of them by default."""
 
 
@@ -65,7 +68,7 @@ class Prompt:
     """What the model is told to do; {true} and {false} stand for the two answer words."""
     answers: tuple[str, str] = ("True", "False")
     """The answer words for a correct and an incorrect solution: each one token, and different."""
-    max_length: Annotated[int, Field(ge=64)] = 2048
+    max_length: Annotated[int, Field(ge=64, le=LARGEST)] = 2048
     """Tokens a row may have. A longer solution loses its middle, never its end or the label."""
 
 
@@ -73,7 +76,7 @@ class Prompt:
 class Lora:
     """The low-rank adapter, the only weights that are trained (Hu et al. 2021)."""
 
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Count = 16
     """Rank r of the update B·A."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank."""
@@ -102,29 +105,29 @@ class Train:
     """The part of all steps over which the learning rate rises from 0."""
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd: the part of all steps over which the learning rate falls to 0."""
-    restarts: Annotated[int, Field(ge=1)] = 2
+    restarts: Count = 2
     """cosine_with_restarts: how many times the cosine runs."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The gradient's norm is clipped to this."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """The gradient's norm is clipped to this; 0: it is not clipped."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do where a step's loss or gradient is NaN or infinite. skip: leave weights and optimiser as they are and
     go on with the next step; ten such steps in a row stop the run."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     """Examples in one accumulation of a step."""
-    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    gradient_accumulation: Count = 1
     """Accumulations in a step: a step has batch_size x gradient_accumulation examples. Only the product counts: memory
     is decided by micro_batch_tokens."""
-    per_question: Annotated[int, Field(ge=1)] = 8
+    per_question: Count = 8
     """Solutions of one question that stand in a step together, with both labels where it has both; 1: rows drawn
     independently. More share more tokens, so a step is cheaper, and a right beside a wrong solution teaches more."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """How often each row is shown."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute layers' activations again in the backward pass: less memory, up to half more work. auto: as few layers as
     the GPU's memory asks for, none on a CPU; on: all; off: none."""
-    micro_batch_tokens: Annotated[int | None, Field(ge=64)] = None
+    micro_batch_tokens: Annotated[int | None, Field(ge=64, le=LARGEST)] = None
     """Tokens computed at once; memory grows with it, the result does not depend on it. Default: what is fastest in the
     GPU's memory, at most 16384; 2048 on a CPU."""
     memory_gib: Annotated[float | None, Field(ge=1)] = None
@@ -151,11 +154,11 @@ class Strategy:
     kind: Literal["plain", "sequential", "cumulative", "replay", "stream"] = "plain"
     """plain: one phase, all rows. sequential: each slice alone. cumulative: each slice with all before it. replay: each
     slice with some rows of those before it. stream: the slices in one global warmup-stable-decay schedule."""
-    slices: Annotated[int | None, Field(ge=1)] = None
+    slices: Count | None = None
     """How many slices, of equal size; 4 unless `ends` or `slice_rows` tell."""
-    ends: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    ends: tuple[Count, ...] | None = None
     """In place of `slices`: where each slice ends in the training order, rising; ends beyond the rows are cut off."""
-    slice_rows: Annotated[int | None, Field(ge=1)] = None
+    slice_rows: Count | None = None
     """At most N rows in a slice; rows that are then in no slice are not trained on."""
     column: str | None = None
     """A column of the prepared rows (`dataset`, `solver`) whose values make the slices, each value in one of them. By
@@ -166,13 +169,13 @@ class Strategy:
     """Whether the optimiser's moments are reset at the start of a phase; stream keeps them."""
     start_from: Literal["last", "best"] = "last"
     """The adapter a phase starts from: the last, or that of the lowest validation loss so far. stream: the last."""
-    presentations: Annotated[int | None, Field(ge=1)] = None
+    presentations: Count | None = None
     """Row presentations of the whole run, repeats counted: epochs are stretched to it, to compare strategies at equal
     cost. Default: what train.epochs gives."""
-    cooldowns: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    cooldowns: tuple[Count, ...] = ()
     """stream: after so many row presentations a branch trains on rows seen so far while the rate falls to 0, for
     train.decay_ratio of the steps so far; its adapter is kept and the main line goes on as if it had not been."""
-    probe_rows: Annotated[int, Field(ge=0)] = 200
+    probe_rows: Annotated[int, Field(ge=0, le=LARGEST)] = 200
     """Rows in each of a slice's two probes of forgetting (rows trained on; held-out questions of its kind); 0: none."""
 
 
@@ -180,11 +183,11 @@ class Strategy:
 class Phase:
     """One phase of a run that lists its own."""
 
-    rows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+    rows: tuple[Annotated[int, Field(ge=0, le=LARGEST)], Count]
     """The rows trained on: those of the training order from the first number up to, without, the second."""
     replay_ratio: Annotated[float, Field(ge=0)] = 0.0
     """Rows of earlier phases for each row of this one, drawn evenly by label and by the phase that brought them."""
-    epochs: Annotated[float | None, Field(gt=0)] = None
+    epochs: Annotated[float | None, Field(gt=0, le=1e6)] = None
     """How often each row is shown. Default: train.epochs, like the next three."""
     lr: Annotated[float | None, Field(gt=0)] = None
     """The highest learning rate."""
@@ -202,9 +205,9 @@ class Phase:
 class Validation:
     """How often the adapter is measured while it trains."""
 
-    every: Annotated[int, Field(ge=1)] = 200
+    every: Count = 200
     """Steps between two validations; there is always one at the end."""
-    rows: Annotated[int | None, Field(ge=1)] = 1000
+    rows: Count | None = 1000
     """Use at most N validation rows, of whole questions. `veritune evaluate` measures on all of them."""
 
 
@@ -212,9 +215,9 @@ class Validation:
 class Checkpoint:
     """How often the run is saved, so that it can go on after a stop."""
 
-    every: Annotated[int, Field(ge=1)] = 200
+    every: Count = 200
     """Steps between two checkpoints; there is always one at the end."""
-    keep: Annotated[int, Field(ge=1)] = 2
+    keep: Count = 2
     """Checkpoints that are kept."""
     replica: str | None = None
     """A folder on a mounted drive, one for each run, to which every checkpoint is copied after it was saved. The folder
@@ -281,25 +284,25 @@ class Prepare:
     """How labelled rows become a frozen dataset."""
 
     columns: Columns = field(default_factory=Columns)
-    validation_rows: Annotated[int | None, Field(ge=0)] = None
+    validation_rows: Annotated[int | None, Field(ge=0, le=LARGEST)] = None
     """Rows held out for validation, by question. Default: 5,000 or 5 % of the rows, the smaller, of questions that hold
     at most a quarter of the rows."""
-    validation_per_question: Annotated[int, Field(ge=1)] = 8
+    validation_per_question: Count = 8
     """Validation rows of one question; more questions make a tighter interval than more rows of one."""
     balance: str = "undersample"
     """Labels in train. none: as they come; undersample: 50/50 by dropping from the larger class; or a ratio of True
     rows such as 0.4, reached by dropping."""
     balance_validation: bool = False
     """Balance the validation rows too; by default they keep the labels' natural share."""
-    limit: Annotated[int | None, Field(ge=2)] = None
+    limit: Annotated[int | None, Field(ge=2, le=LARGEST)] = None
     """Keep at most N train rows, with the labels' shares kept."""
-    max_row_bytes: Annotated[int, Field(ge=100)] = 1_000_000
+    max_row_bytes: Annotated[int, Field(ge=100, le=LARGEST)] = 1_000_000
     """A row whose question and solution together are larger than this is refused."""
     allow_refused: Annotated[float, Field(ge=0, le=1)] = 0.05
     """The part of rows that may be refused before preparing stops."""
     near_duplicates: bool = False
     """Count near-duplicate questions across the splits (5-gram MinHash; needs the extra near-duplicates)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """Decides which questions are held out and which rows are dropped."""
 
 

@@ -185,6 +185,16 @@ def test_a_weight_that_is_none_is_not_skipped_for_ever_nor_saved(
     assert checkpoints(tmp_path / "many") == []
 
 
+def test_a_norm_of_0_clips_nothing(base: load.Base, data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    found = {}
+    for norm in (0, 1e30, 1e-3):
+        run = run_of(tmp_path / f"{norm}", data, tiny_folder, "stop", max_grad_norm=norm)
+        go(run, base)
+        found[norm] = load_file(checkpoints(tmp_path / f"{norm}")[0] / "optimizer.safetensors")
+    same = [all(torch.equal(found[0][name], found[norm][name]) for name in found[0]) for norm in (1e30, 1e-3)]
+    assert same == [True, False]
+
+
 @pytest.mark.parametrize("label", [None, math.nan])
 def test_a_label_that_is_none_never_becomes_one(data: Path, label: float | None) -> None:
     frame = dataset.load(data).train

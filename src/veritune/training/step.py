@@ -64,7 +64,7 @@ def gradients(state: "Training", step: int, micros: list[Micro], stop: Session) 
         stop.check()
         total = total + backward(state, micro, size)
     summed = state.world.reduce(state.parameters, total, float(stop.asked is not None))
-    norm = torch.nn.utils.clip_grad_norm_(state.parameters, state.run.train.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters, state.run.train.max_grad_norm or math.inf)
     loss_value, asked, norm_value = torch.cat([summed, norm.reshape(1)]).tolist()
     stop.agree(asked > 0)
     if norm_value == 0 and loss_value > 0:  # a loss of exactly 0 has nothing left to teach
@@ -113,9 +113,10 @@ def non_finite(state: "Training", step: int, loss: float, norm: float, before: i
     if state.run.train.non_finite == "stop":
         text += "train.non_finite = 'skip' leaves out such steps. "
     finer = {"bf16": "'fp32'", "fp32": ""}.get(state.base.precision, "'bf16' or 'fp32'")
+    clip = "a smaller train.max_grad_norm" if state.run.train.max_grad_norm else "train.max_grad_norm = 1"
     base = f", or model.base = {finer}" if finer else ""
     return text + (
-        f"Or start another run (another `out`) with a lower train.lr, a smaller train.max_grad_norm{base}; "
+        f"Or start another run (another `out`) with a lower train.lr, {clip}{base}; "
         f"train.start_from = '{state.run.out}/best' goes on from the best adapter, once there is one"
     )
 
