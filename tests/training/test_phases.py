@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_what_a_run_started_from_may_be_gone_once_it_has_a_checkpoint(
     trained(run)
     begun = copied_until(run, 2, tmp_path / "begun")
     shutil.rmtree(start)
-    trained(begun)
+    trained(replace(begun, train=replace(begun.train, start_from=str(tmp_path / "where it lies elsewhere"))))
     assert_same(tmp_path / "begun", tmp_path / "run")
     never = settings(tmp_path / "never", data, tiny_folder, train={"start_from": str(start)})
     with pytest.raises(MissingError, match=r"train.start_from.*no such adapter folder"):

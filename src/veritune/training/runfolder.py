@@ -16,10 +16,10 @@ WEIGHTS = "model.weights"
 """The resolved value that stands in place of model.path: the fingerprint of the base's weights."""
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
 # what dropout draws, which then come with the resolved values, and for `validation` where it chooses what a phase
-# starts from.
+# starts from. What the run started from is in its checkpoint by then.
 FREE = ("out", "data.path", "model.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
-        "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs", "train.deterministic",
-        "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
+        "train.start_from", "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs",
+        "train.deterministic", "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
 
 
 # Settings that say what is still to be trained: they may change as far as nothing of what is done would be different.
