@@ -30,6 +30,14 @@ def test_numbers_too_large_for_64_bits_are_not_lost(tmp_path):
     )
 
 
+def test_whole_numbers_beside_fractions_keep_every_digit(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 9007199254740993}\n{"n": 9007199254740992}\n{"n": 0.5}\n{"n": null}\n')
+    assert read_table(path)["n"].to_list() == ["9007199254740993", "9007199254740992", "0.5", None]
+    path.write_text('{"n": 9007199254740992}\n{"n": 0.5}\n')
+    assert read_table(path)["n"].to_list() == [2.0**53, 0.5]
+
+
 def test_csv_is_text_and_empty_fields_are_null(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'ID,question\n007,"two\nlines"\n1,\n')

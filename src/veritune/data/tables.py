@@ -55,7 +55,9 @@ def as_text(value: Any) -> str | None:
 def _typed(name: str, values: Sequence[Any]) -> pl.Series:
     kinds = {type(value) for value in values} - {type(None)}
     try:
-        if kinds <= {int, float} and len(kinds) == 2:
+        if kinds == {int, float}:
+            if any(type(value) is int and float(value) != value for value in values):
+                raise OverflowError  # a number that would become its neighbour
             return pl.Series(name, values, pl.Float64, strict=False)
         return pl.Series(name, values, strict=True)
     except (TypeError, OverflowError, pl.exceptions.PolarsError):
