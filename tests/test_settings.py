@@ -164,6 +164,9 @@ def test_distance(a: str, b: str, steps: int) -> None:
     assert distance(a, b) == distance(b, a) == steps
 
 
+NAME_ONE = "write one name at least, such as q_proj; without lora.targets its default stands"
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -175,6 +178,7 @@ def test_distance(a: str, b: str, steps: int) -> None:
         (["--train.max-grad-norm", "inf"], "flags: train.max_grad_norm = inf: input should be a finite number"),
         (["--strategy.replay-ratio", "inf"], "flags: strategy.replay_ratio = inf: input should be a finite number"),
         (["--hours", "nan"], "flags: session.hours = nan: input should be a finite number"),
+        (["--lora.targets"], f"flags: lora.targets is empty: {NAME_ONE}"),
         (["--data.rows", f"{10**20}"], f"flags: data.rows = {10**20}: input should be less than or equal to {2**53}"),
     ],
 )

@@ -27,6 +27,7 @@ STRICT = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstr
 LARGEST = 2**53
 """Of whole numbers; beyond it the libraries below overflow."""
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 INSTRUCTION = (
     "Check the solution to the math problem step by step. Answer {true} if its final answer is correct, "
@@ -82,7 +83,7 @@ class Lora:
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The projections that get an adapter, by the end of their name."""
 
 
@@ -355,6 +356,8 @@ def _explain(cls: Any, item: Any, beside: Sequence[str]) -> str:
         return f"unknown key {key!r}{did_you_mean(nearest(meant, known))}"
     if item["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{key!r} is not set"
+    if item["type"] == "too_short":
+        return f"{key} is empty: write one name at least, such as q_proj; without {key} its default stands"
     return f"{key} = {item['input']!r}: {item['msg'].lower()}"
 
 
