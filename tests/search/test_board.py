@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from made_sweeps import board, point
 from rich.console import Console
@@ -150,6 +151,21 @@ def test_a_trial_that_kills_its_workers_has_failed(tmp_path: Path) -> None:
     it = board(tmp_path / "s", trials=1)
     assert it.take() is False
     assert line(it.trials()[0])["state"] == "failed"
+
+
+def test_who_dies_while_it_takes_a_dead_workers_trial_is_not_waited_for(tmp_path: Path) -> None:
+    def dies(early: bool) -> None:
+        it = board(tmp_path / "s", trials=1)
+        if early:
+            optuna.Trial.set_user_attr = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        it.take()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for early in (False, True):
+        process = FORK.Process(target=dies, args=(early,))
+        process.start()
+        process.join()
+    assert taken(board(tmp_path / "s", trials=1).take()).number == 0
 
 
 def test_who_comes_back_after_its_trial_was_taken_changes_nothing(

@@ -144,7 +144,9 @@ class Board:
 
     def give_up(self, trial: FrozenTrial) -> None:
         """A dead worker's trial waits again, or has failed if that is all it does."""
-        info = trial.user_attrs.get("info", {})
+        # Whoever dies while it takes the trial must not pass for the worker before.
+        info = trial.user_attrs.get("info", {}) | {"worker": None}
+        self.storage.set_trial_user_attr(trial._trial_id, "info", info)
         if info.get("idle", 0) >= TRIES:
             error = f"ended {TRIES} workers in a row without a validation"
             self.storage.set_trial_user_attr(trial._trial_id, "info", info | {"state": "failed", "error": error})
