@@ -107,6 +107,7 @@ def test_trials_of_every_kind_make_a_page(tmp_path: Path) -> None:
         trial(3, rng, state="waiting", **nothing, worker=None),
         trial(4, rng, state="running", **nothing),
         trial(5, rng, state="diverged", **nothing),
+        trial(6, rng, state="paused"),
     ]
     for found in ([], every[:1], every[2:], every, every * 4):
         text = written(write(tmp_path / "s", found), tmp_path / "r.html")

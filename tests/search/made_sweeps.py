@@ -43,5 +43,5 @@ def board(folder: Path, *, join: bool = False, **settings: Any) -> Board:
     return open_board(chosen, axes, folder, {"seed": chosen.seed}, join=join)
 
 
-def point(step: int, loss: float = 0.5) -> dict[str, Any]:
-    return {"step": step, "rows": step * 8, "seconds": float(step), "loss": loss, "auroc": 0.7, "accuracy": 0.6}
+def point(step: int, loss: float = 0.5, auroc: float = 0.7) -> dict[str, Any]:
+    return {"step": step, "rows": step * 8, "seconds": float(step), "loss": loss, "auroc": auroc, "accuracy": 0.6}

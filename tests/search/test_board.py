@@ -24,7 +24,8 @@ from rich.console import Console
 from veritune.errors import ConfigError, MissingError
 from veritune.search import board as boards
 from veritune.search import result
-from veritune.search.board import Board, Lost, Taken, line
+from veritune.search.board import Board, Lost, Taken
+from veritune.search.result import line
 
 FORK = multiprocessing.get_context("fork")
 
@@ -41,7 +42,7 @@ def finish(it: Board, trial: Taken, *losses: float) -> None:
 
 
 def worker(folder: Path, settings: dict[str, Any], pause: float) -> None:
-    """Four validations a trial, a note for each end."""
+    """Four validations a trial, a note for each end; with asha, the later trials are the better."""
     it = board(folder, **settings)
     while (trial := it.take()) is not False:
         if trial is True:
@@ -51,12 +52,16 @@ def worker(folder: Path, settings: dict[str, Any], pause: float) -> None:
             with it.living(trial):
                 for step in range(len(trial.curve) + 1, 5):
                     time.sleep(random.random() * pause)
-                    it.report(trial, point(step), step, last=step == 4)
-                it.finish(trial, "complete")
+                    if it.report(trial, point(step, auroc=trial.number / 100), step, last=step == 4):
+                        it.release(trial)
+                        break
+                else:
+                    it.finish(trial, "complete")
         except Lost:
             continue
-        with (folder / "ended").open("a") as file:
-            file.write(f"{trial.number}\n")
+        if len(trial.curve) == 4:
+            with (folder / "ended").open("a") as file:
+                file.write(f"{trial.number}\n")
 
 
 def kill_many(folder: Path, settings: dict[str, Any], *, kills: int, workers: int, pause: float = 0.1) -> Board:
@@ -88,6 +93,24 @@ def check_all_there(it: Board, folder: Path, trials: int) -> None:
     ended = Counter((folder / "ended").read_text().split())
     assert set(ended.values()) == {1}
     assert len(ended) >= trials - sum(trial["attempts"] > 1 for trial in found)
+
+
+def check_asha(it: Board, folder: Path, trials: int) -> None:
+    """All are there, each as far as it was promoted, at least as many as reach each rung without any hurry."""
+    found = [line(trial) for trial in it.trials()]
+    assert [trial["trial"] for trial in found] == list(range(trials))
+    reached = {"complete": [4], "pruned": [1, 2]}
+    for trial in found:
+        assert len(trial["curve"]) in reached[trial["state"]]
+        assert [p["step"] for p in trial["curve"]] == list(range(1, len(trial["curve"]) + 1))
+    lengths = [len(trial["curve"]) for trial in found]
+    assert sum(n >= 2 for n in lengths) >= trials // 2
+    assert lengths.count(4) >= sum(n >= 2 for n in lengths) // 2 >= 1
+    assert lengths[-1] == 4  # the best of all
+    ended = Counter((folder / "ended").read_text().split())
+    assert set(ended.values()) == {1}
+    assert set(ended) <= {str(trial["trial"]) for trial in found if trial["state"] == "complete"}
+    assert it.take() is False
 
 
 def test_configurations_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
@@ -203,20 +226,89 @@ def test_signs_of_life_keep_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             time.sleep(0.1)
 
 
-def test_asha_stops_what_falls_behind(tmp_path: Path) -> None:
-    it = board(tmp_path / "s", trials=9, validations=9, pruner="asha")
-    stopped = []
-    for loss in (0.5, 0.4, 0.6, 0.7, 0.3, 0.45, 0.8, 0.2, 0.55):
-        trial = taken(it.take())
-        for step in range(1, 10):
-            if it.report(trial, point(step, loss), step, last=step == 9):
-                it.finish(trial, "pruned")
-                stopped.append((loss, step))
-                break
-        else:
-            it.finish(trial, "complete")
-    assert [loss for loss, step in stopped if step == 1] == [0.6, 0.7, 0.45, 0.8, 0.55]
-    assert [line(trial)["state"] for trial in it.trials()].count("complete") == 4
+def go_on(it: Board, trial: Taken, auroc: float) -> int:
+    """Trains a trial to where it pauses or ends: the last of its four validations."""
+    for step in range(len(trial.curve) + 1, 5):
+        if it.report(trial, point(step, auroc=auroc), step, last=step == 4):
+            it.release(trial)
+            return step
+    it.finish(trial, "complete")
+    return 4
+
+
+def states(it: Board) -> list[str]:
+    return [line(trial)["state"] for trial in it.trials()]
+
+
+def test_asha_lets_the_best_go_on_and_prunes_the_rest_at_the_end(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trials": 4, "pruner": "asha"}
+    it, events = board(tmp_path / "s", **settings), []
+    figures = [0.6, 0.7, 0.5, 0.8]
+    while isinstance(trial := it.take(), Taken):
+        events.append((trial.number, go_on(it, trial, figures[trial.number])))
+        if len(events) == 4:
+            assert states(it) == ["paused", "paused", "paused"]
+            it.close()
+            it = board(tmp_path / "s", **settings)
+    assert events == [(0, 1), (1, 1), (1, 2), (2, 1), (3, 1), (3, 2), (3, 4)]
+    assert states(it) == ["pruned", "pruned", "pruned", "complete"]
+    # Those that were pruned count at their rungs when the sweep goes on, and are not there twice.
+    settings["trials"] = 6
+    it, events = board(tmp_path / "s", **settings), []
+    while isinstance(trial := it.take(), Taken):
+        events.append((trial.number, go_on(it, trial, {4: 0.65, 5: 0.9}[trial.number])))
+    assert events == [(4, 1), (5, 1), (5, 2), (5, 4)]
+    assert states(it)[4:] == ["pruned", "complete"]
+
+
+def test_asha_trains_one_to_its_end_whatever_breaks(tmp_path: Path) -> None:
+    it = board(tmp_path / "s", trials=3, pruner="asha")
+    it.finish(taken(it.take()), "diverged", "early")
+    assert go_on(it, taken(it.take()), 0.6) == 1
+    assert go_on(it, taken(it.take()), 0.9) == 1
+    best = taken(it.take())
+    assert (best.number, best.curve) == (2, [point(1, auroc=0.9)])
+    it.finish(best, "diverged", "late")
+    assert [go_on(it, taken(it.take()), 0.6) for _ in range(2)] == [2, 4]
+    assert it.take() is False
+    assert states(it) == ["diverged", "complete", "diverged"]
+
+
+def test_a_worker_waits_while_a_promotion_may_come(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trials": 2, "pruner": "asha"}
+    one, other = board(tmp_path / "s", **settings), board(tmp_path / "s", **settings)
+    first, second = taken(one.take()), taken(other.take())
+    one.report(first, point(1, auroc=0.6), 1, last=False)
+    go_on(other, second, 0.5)
+    assert other.take() is True  # the first has its figures, but still saves its checkpoint
+    one.release(first)
+    again = taken(other.take())
+    assert (again.number, one.take()) == (0, True)
+    other.finish(again, "failed", "test")
+    assert taken(one.take()).number == 1
+
+
+def test_a_promoted_trial_that_begins_again_does_not_pause_again_before_its_rung(tmp_path: Path) -> None:
+    """As on another machine, where its checkpoint is not."""
+    it = board(tmp_path / "s", trials=1, pruner="asha")
+    assert go_on(it, taken(it.take()), 0.6) == 1
+    trial = taken(it.take())
+    trial.curve = []
+    assert go_on(it, trial, 0.6) == 2
+
+
+def test_who_dies_between_its_report_and_its_checkpoint_leaves_a_paused_trial(tmp_path: Path) -> None:
+    def dies() -> None:
+        it = board(tmp_path / "s", trials=2, pruner="asha")
+        it.report(taken(it.take()), point(1), 1, last=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=dies)
+    process.start()
+    process.join()
+    it = board(tmp_path / "s", trials=2, pruner="asha")
+    assert states(it) == ["paused"]
+    assert taken(it.take()).number == 1
 
 
 def test_the_table_can_be_read_on_a_narrow_terminal(tmp_path: Path) -> None:
@@ -283,10 +375,17 @@ def test_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     check_all_there(it, tmp_path / "s", 8)
 
 
+def test_kills_leave_paused_and_promoted_trials_as_they_are(tmp_path: Path) -> None:
+    it = kill_many(tmp_path / "s", {"trials": 9, "pruner": "asha"}, kills=9, workers=2)
+    check_asha(it, tmp_path / "s", 9)
+
+
 @pytest.mark.slow
 def test_fifty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     it = kill_many(tmp_path / "s", {"trials": 31}, kills=50, workers=4, pause=0.3)
     check_all_there(it, tmp_path / "s", 31)
+    it = kill_many(tmp_path / "t", {"trials": 31, "pruner": "asha"}, kills=50, workers=4, pause=0.3)
+    check_asha(it, tmp_path / "t", 31)
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +432,8 @@ def test_four_workers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     left = [path for path in tmp_path.rglob("*") if path.is_file() and re.search(b"secret-word", path.read_bytes())]
     assert left == []
     json.dumps([line(trial) for trial in it.trials()], allow_nan=False)
+    settings |= {"pruner": "asha"}
+    check_asha(kill_many(tmp_path / "asha", settings, kills=3, workers=4), tmp_path / "asha", 8)
 
 
 def test_sweeps_on_one_server_do_not_wait_for_each_other(postgres: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from veritune.search.board import Taken
 from veritune.search.trial import Diverged, Losses, settings_of
 from veritune.starter import toml
 from veritune.trackers import follow
-from veritune.training import step
+from veritune.training import status, step
 from veritune.training.trainer import train
 
 SPACE = {"train.lr": {"log": [1e-4, 1e-2]}, "train.optimizer": {"choice": ["adamw_torch", "lion_8bit"]}}
@@ -67,6 +68,14 @@ def whole(
     data: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[dict[str, Any]], str, Path]:
     return swept(run_values(tmp_path_factory.mktemp("whole") / "run", data, tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def halved(
+    data: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], str, Path]:
+    """The same with asha."""
+    return swept(run_values(tmp_path_factory.mktemp("halved") / "run", data, tiny_folder), pruner="asha")
 
 
 def test_a_sweep_leaves_trials_results_and_a_run_file(whole: tuple[list[dict[str, Any]], str, Path]) -> None:
@@ -111,6 +120,37 @@ def test_a_trial_is_the_run_that_train_makes_of_its_settings(
     for line in lines[0] + lines[1]:
         line.pop("seconds", None)
     assert lines[0] == lines[1]
+
+
+def test_asha_trains_the_best_to_its_end_as_if_it_had_never_paused(
+    whole: tuple[list[dict[str, Any]], str, Path], halved: tuple[list[dict[str, Any]], str, Path]
+) -> None:
+    (every, _, unpaused), (trials, printed, folder) = whole, halved
+    assert Counter(trial["state"] for trial in trials) == {"complete": 1, "pruned": 2}
+    best = next(trial for trial in trials if trial["state"] == "complete")
+    assert best["curve"][0]["auroc"] == max(trial["curve"][0]["auroc"] for trial in trials)
+    assert best["attempts"] == 3  # it paused at the first and the second of three validations
+    its = f"trials/{best['trial']:04d}"
+    assert [session["from_step"] for session in status.read(folder / its)["sessions"]] == [0, 2, 4]
+    assert untimed([best]) == untimed([every[best["trial"]]])
+    for name in status.SCORES.values():  # every probability, bit for bit
+        assert (folder / its / name).read_bytes() == (unpaused / its / name).read_bytes()
+    lines = [
+        [json.loads(text) for text in (where / its / "metrics.jsonl").read_text().splitlines()]
+        for where in (folder, unpaused)
+    ]
+    for line in lines[0] + lines[1]:
+        line.pop("seconds", None)
+    assert lines[0] == lines[1]
+    for trial, other in zip(untimed(trials), untimed(every), strict=True):
+        assert trial["params"] == other["params"]
+        assert trial["curve"] == other["curve"][: len(trial["curve"])]
+        assert trial["steps_done"] == trial["curve"][-1]["step"]
+    assert list(folder.glob("trials/*/checkpoints")) == []
+    told = re.findall(r"^trial (\d): (\w+), loss", printed, re.MULTILINE)
+    assert Counter(state for _, state in told) == {"paused": sum(t["attempts"] for t in trials) - 1, "complete": 1}
+    assert "1 complete" in printed
+    assert "2 pruned" in printed
 
 
 def test_a_trial_keeps_no_replica(tmp_path: Path) -> None:
@@ -295,11 +335,13 @@ def test_a_tracker_that_hangs_costs_a_sweep_one_wait_and_one_warning(
     assert ["after 1 s" in logs[0], "after 0.5 s" in logs[1]] == [True, True]
 
 
+@pytest.mark.parametrize(("found", "at_once", "pruner"), [("whole", 2, "none"), ("halved", 1, "asha")])
 def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(
-    whole: tuple[list[dict[str, Any]], str, Path], tmp_path: Path
+    found: str, at_once: int, pruner: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """The command itself, with two workers; all of it killed in the middle, then given again."""
-    trials, _, folder = whole
+    """The command itself, with two workers, or one and a trial that is paused while a promoted one goes on; all of it
+    killed in the middle, then given again."""
+    trials, _, folder = request.getfixturevalue(found)
     values = json.loads((folder / "results.json").read_text())["run"]
     values["out"], values["checkpoint"]["every"] = str(tmp_path / "run"), 1
     tables = [f"out = {toml(values.pop('out'))}"]
@@ -307,7 +349,8 @@ def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(
         if isinstance(table, dict):
             inner = "\n".join(f"{key} = {toml(value)}" for key, value in table.items() if value is not None)
             tables.append(f"[{name}]\n{inner}")
-    tables.append("[sweep]\ntrials = 3\nrows = 48\nvalidations = 3\nat_once = 2\n[sweep.space]")
+    of_sweep = f'trials = 3\nrows = 48\nvalidations = 3\nat_once = {at_once}\npruner = "{pruner}"'
+    tables.append(f"[sweep]\n{of_sweep}\n[sweep.space]")
     tables += [f"{key} = {toml(spec)}" for key, spec in SPACE.items()]
     file = tmp_path / "run.toml"
     file.write_text("\n".join(tables))
@@ -320,10 +363,12 @@ def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert any(trial["state"] == "paused" for trial in read(place)) is (pruner == "asha")
     assert cli.run(["sweep", str(file), "--sweep.at-once", "1"]) == 0
     again = read(place)
     assert untimed(again) == untimed(trials)
-    assert max(trial["attempts"] for trial in again) == 2
+    more = [trial["attempts"] - before["attempts"] for trial, before in zip(again, trials, strict=True)]
+    assert max(more) == 1
     assert list((place / "workers").iterdir()) == []
 
 

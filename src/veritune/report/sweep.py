@@ -19,6 +19,7 @@ CURVES = 60
 """Trials whose learning curves are drawn, the best ones."""
 STATES = {"complete": 1, "pruned": 8, "diverged": 2, "failed": 6}
 """State -> colour."""
+STATES_SHOWN = (*ENDED, "paused", "running", "waiting")
 BEST = 3
 """The colour of the best trial."""
 CHANCE = 0.69
@@ -45,7 +46,7 @@ def sections(sweep: Sweep, price: float | None) -> list[Section | None]:
 def summary(sweep: Sweep) -> Section:
     """The best trial, and what became of all."""
     best = sweep.best()
-    counts = {state: sum(t["state"] == state for t in sweep.trials) for state in (*ENDED, "running", "waiting")}
+    counts = {state: sum(t["state"] == state for t in sweep.trials) for state in STATES_SHOWN}
     tiles = [("trials", f"{len(sweep.trials):,}", ", ".join(f"{n} {state}" for state, n in counts.items() if n))]
     if best:
         tiles += [
@@ -286,7 +287,7 @@ def cost(sweep: Sweep, price: float | None) -> Section:
     total = seconds(sweep)
     rows = [
         (state, f"{count:,}", duration(spent), f"{spent / total:.0%}" if total else "-")
-        for state in (*ENDED, "running", "waiting")
+        for state in STATES_SHOWN
         if (count := sum(t["state"] == state for t in sweep.trials))
         for spent in [seconds(sweep, state)]
     ]

@@ -3,13 +3,15 @@
 Every trial belongs to one worker at a time. All that decides (taking a trial, reporting, finishing) happens under one
 lock of the whole sweep and asks first whether the trial is still the worker's own, so a worker that was thought dead
 and comes back changes nothing. A dead worker's trial waits for the next one under the same number: none is lost, none
-is there twice.
+is there twice. A trial that pauses at its rung (`asha`) stays Optuna's as running, in no worker's hands; one that is
+promoted waits as a dead worker's does.
 """
 
 import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -30,7 +32,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from .. import config
 from ..errors import ConfigError, MissingError
-from ..quality.metrics import plain
+from . import asha
 from .space import Axis
 
 BEAT = 5.0
@@ -83,10 +85,16 @@ class Board:
         with self.locked():
             self.reclaim()
             trials = self.trials()
-            waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
-            if not waiting and len(trials) >= self.settings.trials:
-                return any(not trial.state.is_finished() for trial in trials)
-            number = waiting[0] if waiting else len(trials)
+            more = len(trials) < self.settings.trials
+            number = next((trial.number for trial in trials if trial.state == TrialState.WAITING), None)
+            if number is None:
+                number = self.promote(trials, more=more)
+            if number is None and not more:
+                if any(asha.standing(trial).state == "under way" for trial in trials):
+                    return True
+                self.end(trials)
+                return False
+            number = len(trials) if number is None else number
             trial = self.study.ask()
             info = {"attempts": 0, "idle": 0, **trial.user_attrs.get("info", {})}
             info |= {"worker": self.me, "host": f"{socket.gethostname()}:{os.getpid()}"}
@@ -94,6 +102,24 @@ class Board:
             trial.set_user_attr("info", info)
             drawn = {axis.key: self.draw(trial, axis, number, i) for i, axis in enumerate(self.axes)}
             return Taken(trial, self.params(drawn), info, trial.user_attrs.get("curve", []))
+
+    def promote(self, trials: list[FrozenTrial], *, more: bool) -> int | None:
+        """Lets a paused trial wait for whoever takes it to its next rung, if one may go on. Call under the lock."""
+        number = asha.choose([asha.standing(trial) for trial in trials], self.settings.reduction, more=more)
+        if number is not None:
+            trial_id, info = trials[number]._trial_id, trials[number].user_attrs["info"]
+            self.storage.set_trial_user_attr(trial_id, "info", info | {"goal": len(info["reached"]) + 1})
+            self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        return number
+
+    def end(self, trials: list[FrozenTrial]) -> None:
+        """Those still paused are pruned, and their checkpoints on this machine go. Call under the lock."""
+        for trial in trials:
+            if asha.standing(trial).state == "paused":
+                info = trial.user_attrs["info"] | {"state": "pruned", "error": None}
+                self.storage.set_trial_user_attr(trial._trial_id, "info", info)
+                self.study.tell(trial.number, state=TrialState.PRUNED)
+            shutil.rmtree(self.folder / "trials" / f"{trial.number:04d}" / "checkpoints", ignore_errors=True)
 
     def draw(self, trial: Trial, axis: Axis, number: int, place: int) -> Any:
         """A trial's value on an axis: a function of the seed, the trial's number and, for TPE, the trials before it."""
@@ -112,16 +138,25 @@ class Board:
         }
         return {key: choices[key][value] if key in choices else value for key, value in drawn.items()}
 
-    def report(self, taken: Taken, entry: dict[str, Any], rung: int, *, last: bool) -> bool:
-        """Keeps a validation; `rung` of `settings.validations` are behind it. Returns whether the trial is to stop."""
+    def report(
+        self, taken: Taken, entry: dict[str, Any], rung: int, *, last: bool
+    ) -> Literal["pruned", "paused"] | None:
+        """Keeps a validation; `rung` of `settings.validations` are behind it. Returns what the trial is now, if it is
+        not to go on."""
         taken.curve = [point for point in taken.curve if point["step"] < entry["step"]] + [entry]
         with self.own(taken):
+            if self.settings.pruner == "asha":
+                at = asha.rungs(self.settings.validations, self.settings.reduction)
+                taken.info["reached"] = asha.reach(taken.info.get("reached", []), at, rung, entry)
+                taken.info |= {"goal": len(at) + 1} if last else {}
             taken.info["idle"] = 0
-            taken.trial.set_user_attr("info", taken.info)
             taken.trial.set_user_attr("curve", taken.curve)
             if rung not in self.storage.get_trial(taken.trial._trial_id).intermediate_values:
                 taken.trial.report(entry["loss"], rung)
-            return not last and taken.trial.should_prune()
+            taken.trial.set_user_attr("info", taken.info)  # last, since with it the trial may be paused
+            if asha.paused(taken.info):
+                return "paused"
+            return "pruned" if not last and taken.trial.should_prune() else None
 
     def finish(self, taken: Taken, state: State, error: str | None = None) -> None:
         """Records a trial's end."""
@@ -131,22 +166,25 @@ class Board:
             self.study.tell(taken.trial, value, TOLD[state])
 
     def release(self, taken: Taken) -> None:
-        """Gives a trial back, for whoever takes one next."""
+        """Gives a trial back: for whoever takes one next, or paused if it stands at its rung."""
         with suppress(Lost), self.own(taken):
-            taken.trial.set_user_attr("info", taken.info | {"idle": 0})
-            self.storage.set_trial_state_values(taken.trial._trial_id, TrialState.WAITING)
+            taken.trial.set_user_attr("info", taken.info | {"idle": 0, "worker": None})
+            if not asha.paused(taken.info):
+                self.storage.set_trial_state_values(taken.trial._trial_id, TrialState.WAITING)
 
     def reclaim(self) -> None:
         """Gives up the trials of dead workers. Call under the lock."""
         for trial in self.trials(TrialState.RUNNING):
-            if not self.alive(trial):
+            if asha.standing(trial).state != "paused" and not self.alive(trial):
                 self.give_up(trial)
 
     def give_up(self, trial: FrozenTrial) -> None:
-        """A dead worker's trial waits again, or has failed if that is all it does."""
+        """A dead worker's trial waits again, is paused if it stands at its rung, or has failed if it only waits."""
         # Whoever dies while it takes the trial must not pass for the worker before.
         info = trial.user_attrs.get("info", {}) | {"worker": None}
         self.storage.set_trial_user_attr(trial._trial_id, "info", info)
+        if asha.paused(info):
+            return
         if info.get("idle", 0) >= TRIES:
             error = f"ended {TRIES} workers in a row without a validation"
             self.storage.set_trial_user_attr(trial._trial_id, "info", info | {"state": "failed", "error": error})
@@ -332,9 +370,7 @@ def sampler(settings: config.Sweep, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def pruner(settings: config.Sweep) -> optuna.pruners.BasePruner:
-    """What stops a trial that falls behind; its steps are validations."""
-    if settings.pruner == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=settings.reduction)
+    """What stops a trial that falls behind, but for asha; its steps are validations."""
     if settings.pruner == "hyperband":
         return optuna.pruners.HyperbandPruner(
             min_resource=1, max_resource=settings.validations, reduction_factor=settings.reduction
@@ -345,25 +381,3 @@ def pruner(settings: config.Sweep) -> optuna.pruners.BasePruner:
 def name(value: Any) -> Any:
     """A choice as Optuna can hold it."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
-
-
-def line(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial as a line of trials.jsonl; see docs/sweep.md."""
-    info, curve = trial.user_attrs.get("info", {}), trial.user_attrs.get("curve", [])
-    best = min(curve, key=lambda point: point["loss"], default={})
-    state = info.get("state") if trial.state.is_finished() else trial.state.name.lower()
-    values = {
-        "trial": trial.number,
-        "state": state or "failed",
-        "params": trial.params,
-        **{key: best.get(key) for key in ("loss", "auroc", "accuracy")},
-        "best_step": best.get("step"),
-        **{key: info.get(key) for key in ("steps", "steps_done", "rows_done", "seconds")},
-        "curve": curve,
-        "error": info.get("error"),
-        "attempts": info.get("attempts", 0),
-        "worker": info.get("host"),
-        "started": trial.datetime_start and trial.datetime_start.isoformat(timespec="seconds"),
-        "finished": trial.datetime_complete and trial.datetime_complete.isoformat(timespec="seconds"),
-    }
-    return plain(values)

@@ -5,18 +5,44 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, config
 from ..durable import replace_file
+from ..quality.metrics import plain
 from ..starter import toml
 from ..training.runfolder import FREE, write_json
-from .board import Board, line
+from . import asha
+from .board import Board
 from .space import apply
 
 SHOWN = 10
+
+
+def line(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial as a line of trials.jsonl; see docs/sweep.md."""
+    info, curve = trial.user_attrs.get("info", {}), trial.user_attrs.get("curve", [])
+    best = min(curve, key=lambda point: point["loss"], default={})
+    state = "paused" if asha.paused(info) else trial.state.name.lower()
+    state = info.get("state") if trial.state.is_finished() else state
+    values = {
+        "trial": trial.number,
+        "state": state or "failed",
+        "params": trial.params,
+        **{key: best.get(key) for key in ("loss", "auroc", "accuracy")},
+        "best_step": best.get("step"),
+        **{key: info.get(key) for key in ("steps", "steps_done", "rows_done", "seconds")},
+        "curve": curve,
+        "error": info.get("error"),
+        "attempts": info.get("attempts", 0),
+        "worker": info.get("host"),
+        "started": trial.datetime_start and trial.datetime_start.isoformat(timespec="seconds"),
+        "finished": trial.datetime_complete and trial.datetime_complete.isoformat(timespec="seconds"),
+    }
+    return plain(values)
 
 
 def lines(board: Board) -> list[dict[str, Any]]:
@@ -142,5 +168,6 @@ def agreed(
     searched = {
         f"sweep.{key}": getattr(settings, key) for key in ("sampler", "pruner", "reduction", "validations", "seed")
     }
-    # What trials are compared by, since another version compared them by another loss.
-    return values | searched | {"space": space, "rows": rows, "data": fingerprint, "loss": "at train's share of labels"}
+    # What trials are compared by, since another version compared them by another loss, or had other rungs.
+    searched |= {"loss": "at train's share of labels"} | ({"rungs": "by AUROC"} if settings.pruner == "asha" else {})
+    return values | searched | {"space": space, "rows": rows, "data": fingerprint}

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from .. import config
 from ..data import dataset
 from ..errors import ConfigError, DataError, VerituneError
 from ..model import adapter, load
-from . import result, space
+from . import asha, result, space
 from .board import Board, open_board
 from .trial import Desk, NoMemory, lives_with, run_trial
 
@@ -95,27 +96,28 @@ def check(base: load.Base, run: config.Run, searched: Container[str]) -> None:
 
 
 class Progress:
-    """Tells of trials as they end, and keeps the sweep's files up to date."""
+    """Tells of trials as they pause or end, and keeps the sweep's files up to date."""
 
     def __init__(self, board: Board, run: config.Run, rows: int, console: Console) -> None:
         self._board, self._run, self._rows, self.console = board, run, rows, console
-        self._told = {trial.number for trial in board.trials() if trial.state.is_finished()}
+        known = board.trials()
+        self._told = news(known)
         self._warned: set[str] = set()
-        if self._told:
-            console.print(f"going on after {len(self._told)} of {board.settings.trials} trials", highlight=False)
+        if count := sum(trial.state.is_finished() for trial in known):
+            console.print(f"going on after {count} of {board.settings.trials} trials", highlight=False)
 
     def look(self) -> None:
         """Call now and then. Raises ConfigError if the first trials have all failed alike."""
         known = self._board.trials()
-        ended = {trial.number for trial in known if trial.state.is_finished()}
-        if not ended - self._told:
+        new = news(known) - self._told
+        if not new:
             return
         trials = result.write(self._board, self._run, self._rows)
-        for number in sorted(ended - self._told):
-            result.tell(trials[number], result.best_of(trials), self.console)
+        for number, _ in sorted(new):
+            result.tell(result.line(known[number]), result.best_of(trials), self.console)
             self.warn(known[number].user_attrs.get("info", {}).get("trackers", {}))
-        self._told = ended
-        finished = [trials[number] for number in ended]
+        self._told |= new
+        finished = [result.line(trial) for trial in known if trial.state.is_finished()]
         errors = {trial["error"] for trial in finished if trial["state"] == "failed"}
         if len(finished) >= SAME_FAILURE and len(errors) == 1 and all(t["state"] == "failed" for t in finished):
             count = len(finished)
@@ -130,6 +132,12 @@ class Progress:
             text = f"{name} {trackers[name]} and may lack trials, now and later; all are whole in {place}"
             self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
         self._warned |= trackers.keys()
+
+
+def news(trials: list[FrozenTrial]) -> set[tuple[int, int]]:
+    """What there is to tell: the number of each trial that has ended, or with its rung of each that pauses there."""
+    known = [it for it in map(asha.standing, trials) if it.state != "under way"]
+    return {(it.number, len(it.reached) if it.state in ("paused", "pruned") else 0) for it in known}
 
 
 def work(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from ..model import load
 from ..trackers import follow
 from ..training import status
 from ..training.trainer import train
+from . import asha
 from .board import Board, Lost, State, Taken
 from .space import apply
 
@@ -31,6 +32,10 @@ FEWEST = 5  # steps that tell a divergence from a bad batch
 
 class Pruned(follow.Ended):
     """Other trials are better."""
+
+
+class Paused(follow.Ended):
+    """Whether the trial goes on depends on others."""
 
 
 class Diverged(follow.Ended):
@@ -80,7 +85,7 @@ class Watcher:
     seconds: float = 0.0
     mark: float = 0.0
 
-    def __call__(self, state: Any, step: int, values: dict[str, Any]) -> None:
+    def __call__(self, state: Any, step: int, values: dict[str, Any]) -> Paused | None:
         self.alive()
         now, settings, steps = time.perf_counter(), self.board.settings, len(state.plan)
         if self.losses is None:
@@ -102,9 +107,13 @@ class Watcher:
             if not math.isfinite(found["loss"]):
                 raise Diverged(f"the validation's loss is {found['loss']}")
             entry = {"step": step, "rows": self.rows, "seconds": round(self.seconds, 3), **found}
-            rung = math.floor(settings.validations * step / steps + 1e-9)
-            if self.board.report(self.taken, entry, rung, last=step == steps):
+            rung = asha.validated(step, steps, settings.validations)
+            now = self.board.report(self.taken, entry, rung, last=step == steps)
+            if now == "pruned":
                 raise Pruned(f"after {step} of {steps} steps")
+            if now == "paused":
+                return Paused(f"after {step} of {steps} steps")
+        return None
 
     def go_on(self, step: int) -> None:
         """Takes up what was there before the first step of this attempt."""
@@ -159,7 +168,7 @@ def run_trial(
     *,
     alone: bool,
 ) -> None:
-    """Runs a trial to its end and records that; too little memory is its failure if it is `alone` on the device.
+    """Runs a trial to where it ends or pauses, and records that; too little memory is its failure if it is `alone`.
 
     Raises NoMemory, KeyboardInterrupt and whatever else is no result of the trial's, once the trial is given back.
     """
@@ -171,6 +180,9 @@ def run_trial(
             base = desk.loaded(run.model)
             state, reason = outcome(board, taken, run, rows, base, watcher, folder, Console(file=log, width=120))
             taken.info["trackers"] = dict(follow.failures)
+            if state == "paused":
+                board.release(taken)
+                return
             board.finish(taken, state, reason)
         except Lost as error:
             log.write(f"{error}\n")
@@ -200,7 +212,7 @@ def outcome(
     watcher: Watcher,
     folder: Path,
     console: Console,
-) -> tuple[State, str | None]:
+) -> tuple[State | Literal["paused"], str | None]:
     """Trains, and says how that ended and, if it did not go to its end, why."""
     try:
         its = settings_of(run, board.settings, taken.params, rows, folder)
@@ -214,6 +226,9 @@ def outcome(
     except Pruned as reason:
         status.end(folder, "stopped", f"pruned {reason}")
         return "pruned", None
+    except Paused as reason:
+        status.end(folder, "stopped", f"paused {reason}")
+        return "paused", None
     except (Diverged, NonFiniteError) as error:
         status.end(folder, "stopped", f"diverged: {error}")
         return "diverged", str(error)

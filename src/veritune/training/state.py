@@ -12,6 +12,7 @@ from ..model import adapter, load
 from ..model.graphs import Graphs
 from ..model.verdict import Way
 from ..tokens.encode import Encoder
+from ..trackers.follow import Ended
 from . import distributed, room
 from . import plan as plans
 from .feed import Rows, Source
@@ -34,6 +35,8 @@ class Training:
     """Tokens computed at once."""
     about: adapter.About
     watch: "Watch | None" = None
+    ending: Ended | None = None
+    """What `watch` has returned."""
     adapters: bool = True
     """Whether adapters are saved."""
     recomputed: int = 0
@@ -72,5 +75,6 @@ class Training:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-Watch = Callable[[Training, int, dict[str, Any]], None]
-"""Called with finished steps and what metrics.jsonl got for them. What it raises ends the run there."""
+Watch = Callable[[Training, int, dict[str, Any]], Ended | None]
+"""Called with finished steps and what metrics.jsonl got for them. What it raises ends the run there; what it returns
+for a validation does so with a checkpoint, from which the same run goes on."""

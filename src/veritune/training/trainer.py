@@ -171,6 +171,9 @@ def after_step(
     ended = state.plan.ends(at.done)
     if at.done and at.validated != at.done and (ended or at.done % run.validation.every == 0):
         measure(state, at, ended, folder, tracker, display, stop)
+        if state.ending is not None:
+            save(state, at, tracker, saver, stop)
+            raise state.ending
     if last and state.world.first:
         with stop.whole():
             finish(state, at, folder)
@@ -234,7 +237,7 @@ def log(state: Training, tracker: Any, step: int, **values: Any) -> None:
     """One line of metrics.jsonl, told to who watches the run."""
     tracker.log(step, **values)
     if state.watch:
-        state.watch(state, step, values)
+        state.ending = state.watch(state, step, values)
 
 
 def finish(state: Training, at: At, folder: Path) -> None:
