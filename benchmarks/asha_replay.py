@@ -1,6 +1,6 @@
 """What ASHA would have cost and found, replayed over the recorded curves of trials that were all trained to their end.
 
-    python benchmarks/asha_replay.py runs/NAME-sweep/trials.jsonl [--seeds 5] [--reduction 2]
+    python benchmarks/asha_replay.py runs/NAME-sweep/trials.jsonl [--seeds 5] [--reduction 4]
 
 The pool must come from a sweep without a pruner. For each seed its trials come in another random order, and one worker
 takes them as the sweep's own rule (`veritune.search.asha`) says; each costs its seconds up to where it pauses for good.
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trials", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--reduction", type=int, default=2)
+    parser.add_argument("--reduction", type=int, default=4)
     parser.add_argument("--rungs", type=int, default=9, help="the sweep's `validations`")
     by = "what the best of the complete trials is chosen by (the sweep: loss)"
     parser.add_argument("--by", choices=("loss", "auroc"), default="loss", help=by)

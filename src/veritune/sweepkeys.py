@@ -27,7 +27,7 @@ class Sweep:
     """random: drawn independently. tpe: drawn where earlier trials were good (Bergstra et al. 2011)."""
     pruner: Literal["none", "asha", "hyperband"] = "none"
     """Only the best go on. asha: by AUROC, the rest pauses (Li et al. 2020); hyperband: by loss (Li et al. 2018)."""
-    reduction: Annotated[int, Field(ge=2)] = 2
+    reduction: Annotated[int, Field(ge=2)] = 4
     """asha, hyperband: one trial of N goes on at each rung, and the next rung is N times as far."""
     validations: Annotated[int, Field(ge=1)] = 9
     """Validations of a trial, evenly spaced; the first rung is at the first of them."""

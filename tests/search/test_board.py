@@ -241,7 +241,7 @@ def states(it: Board) -> list[str]:
 
 
 def test_asha_lets_the_best_go_on_and_prunes_the_rest_at_the_end(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"trials": 4, "pruner": "asha"}
+    settings: dict[str, Any] = {"trials": 4, "pruner": "asha", "reduction": 2}
     it, events = board(tmp_path / "s", **settings), []
     figures = [0.6, 0.7, 0.5, 0.8]
     while isinstance(trial := it.take(), Taken):
@@ -262,7 +262,7 @@ def test_asha_lets_the_best_go_on_and_prunes_the_rest_at_the_end(tmp_path: Path)
 
 
 def test_asha_trains_one_to_its_end_whatever_breaks(tmp_path: Path) -> None:
-    it = board(tmp_path / "s", trials=3, pruner="asha")
+    it = board(tmp_path / "s", trials=3, pruner="asha", reduction=2)
     it.finish(taken(it.take()), "diverged", "early")
     assert go_on(it, taken(it.take()), 0.6) == 1
     assert go_on(it, taken(it.take()), 0.9) == 1
@@ -275,7 +275,7 @@ def test_asha_trains_one_to_its_end_whatever_breaks(tmp_path: Path) -> None:
 
 
 def test_a_worker_waits_while_a_promotion_may_come(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"trials": 2, "pruner": "asha"}
+    settings: dict[str, Any] = {"trials": 2, "pruner": "asha", "reduction": 2}
     one, other = board(tmp_path / "s", **settings), board(tmp_path / "s", **settings)
     first, second = taken(one.take()), taken(other.take())
     one.report(first, point(1, auroc=0.6), 1, last=False)
@@ -290,7 +290,7 @@ def test_a_worker_waits_while_a_promotion_may_come(tmp_path: Path) -> None:
 
 def test_a_promoted_trial_that_begins_again_does_not_pause_again_before_its_rung(tmp_path: Path) -> None:
     """As on another machine, where its checkpoint is not."""
-    it = board(tmp_path / "s", trials=1, pruner="asha")
+    it = board(tmp_path / "s", trials=1, pruner="asha", reduction=2)
     assert go_on(it, taken(it.take()), 0.6) == 1
     trial = taken(it.take())
     trial.curve = []
@@ -299,14 +299,14 @@ def test_a_promoted_trial_that_begins_again_does_not_pause_again_before_its_rung
 
 def test_who_dies_between_its_report_and_its_checkpoint_leaves_a_paused_trial(tmp_path: Path) -> None:
     def dies() -> None:
-        it = board(tmp_path / "s", trials=2, pruner="asha")
+        it = board(tmp_path / "s", trials=2, pruner="asha", reduction=2)
         it.report(taken(it.take()), point(1), 1, last=False)
         os.kill(os.getpid(), signal.SIGKILL)
 
     process = FORK.Process(target=dies)
     process.start()
     process.join()
-    it = board(tmp_path / "s", trials=2, pruner="asha")
+    it = board(tmp_path / "s", trials=2, pruner="asha", reduction=2)
     assert states(it) == ["paused"]
     assert taken(it.take()).number == 1
 
@@ -376,7 +376,7 @@ def test_kills_lose_and_double_nothing(tmp_path: Path) -> None:
 
 
 def test_kills_leave_paused_and_promoted_trials_as_they_are(tmp_path: Path) -> None:
-    it = kill_many(tmp_path / "s", {"trials": 9, "pruner": "asha"}, kills=9, workers=2)
+    it = kill_many(tmp_path / "s", {"trials": 9, "pruner": "asha", "reduction": 2}, kills=9, workers=2)
     check_asha(it, tmp_path / "s", 9)
 
 
@@ -384,7 +384,7 @@ def test_kills_leave_paused_and_promoted_trials_as_they_are(tmp_path: Path) -> N
 def test_fifty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     it = kill_many(tmp_path / "s", {"trials": 31}, kills=50, workers=4, pause=0.3)
     check_all_there(it, tmp_path / "s", 31)
-    it = kill_many(tmp_path / "t", {"trials": 31, "pruner": "asha"}, kills=50, workers=4, pause=0.3)
+    it = kill_many(tmp_path / "t", {"trials": 31, "pruner": "asha", "reduction": 2}, kills=50, workers=4, pause=0.3)
     check_asha(it, tmp_path / "t", 31)
 
 
@@ -432,7 +432,7 @@ def test_four_workers_on_postgresql(postgres: str, tmp_path: Path) -> None:
     left = [path for path in tmp_path.rglob("*") if path.is_file() and re.search(b"secret-word", path.read_bytes())]
     assert left == []
     json.dumps([line(trial) for trial in it.trials()], allow_nan=False)
-    settings |= {"pruner": "asha"}
+    settings |= {"pruner": "asha", "reduction": 2}
     check_asha(kill_many(tmp_path / "asha", settings, kills=3, workers=4), tmp_path / "asha", 8)
 
 

@@ -75,7 +75,7 @@ def halved(
     data: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[dict[str, Any]], str, Path]:
     """The same with asha."""
-    return swept(run_values(tmp_path_factory.mktemp("halved") / "run", data, tiny_folder), pruner="asha")
+    return swept(run_values(tmp_path_factory.mktemp("halved") / "run", data, tiny_folder), pruner="asha", reduction=2)
 
 
 def test_a_sweep_leaves_trials_results_and_a_run_file(whole: tuple[list[dict[str, Any]], str, Path]) -> None:
@@ -349,7 +349,7 @@ def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(
         if isinstance(table, dict):
             inner = "\n".join(f"{key} = {toml(value)}" for key, value in table.items() if value is not None)
             tables.append(f"[{name}]\n{inner}")
-    of_sweep = f'trials = 3\nrows = 48\nvalidations = 3\nat_once = {at_once}\npruner = "{pruner}"'
+    of_sweep = f'trials = 3\nrows = 48\nvalidations = 3\nat_once = {at_once}\npruner = "{pruner}"\nreduction = 2'
     tables.append(f"[sweep]\n{of_sweep}\n[sweep.space]")
     tables += [f"{key} = {toml(spec)}" for key, spec in SPACE.items()]
     file = tmp_path / "run.toml"

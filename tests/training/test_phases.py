@@ -226,6 +226,12 @@ def test_what_a_run_started_from_may_be_gone_once_it_has_a_checkpoint(
     shutil.rmtree(start)
     trained(replace(begun, train=replace(begun.train, start_from=str(tmp_path / "where it lies elsewhere"))))
     assert_same(tmp_path / "begun", tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "adapter", start)  # another one in its place
+    with pytest.raises(ConfigError, match=r"train.start_from was .*, is .*fingerprint"):
+        trained(run)
+    shutil.rmtree(start)
+    with pytest.raises(ConfigError, match=r"train.start_from was .*, is None"):
+        trained(replace(run, train=replace(run.train, start_from=None)))
     never = settings(tmp_path / "never", data, tiny_folder, train={"start_from": str(start)})
     with pytest.raises(MissingError, match=r"train.start_from.*no such adapter folder"):
         trained(never)

@@ -165,9 +165,8 @@ def agreed(
     values = {key: value for key, value in flat.items() if not key.startswith(FREE) and key not in space}
     values["validation.rows"] = run.validation.rows
     values["model.path"] = Path(run.model.path).name
-    searched = {
-        f"sweep.{key}": getattr(settings, key) for key in ("sampler", "pruner", "reduction", "validations", "seed")
-    }
+    keys = ("sampler", "pruner", "validations", "seed", *(["reduction"] if settings.pruner != "none" else []))
+    searched = {f"sweep.{key}": getattr(settings, key) for key in keys}
     # What trials are compared by, since another version compared them by another loss, or had other rungs.
     searched |= {"loss": "at train's share of labels"} | ({"rungs": "by AUROC"} if settings.pruner == "asha" else {})
     return values | searched | {"space": space, "rows": rows, "data": fingerprint}

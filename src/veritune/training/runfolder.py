@@ -14,11 +14,13 @@ RUN = "run.json"
 ADAPTERS = ("adapter", "best")
 WEIGHTS = "model.weights"
 """The resolved value that stands in place of model.path: the fingerprint of the base's weights."""
+START = "train.start_from"
+"""As a resolved value the fingerprint of the adapter that it names, if that is there."""
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
 # what dropout draws, which then come with the resolved values, and for `validation` where it chooses what a phase
-# starts from. What the run started from is in its checkpoint by then.
+# starts from. What the run started from is in its checkpoint by then, and may be gone or lie elsewhere.
 FREE = ("out", "data.path", "model.path", "model.device", "validation.", "checkpoint.", "session.", "track.",
-        "train.start_from", "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs",
+        START, "train.non_finite", "train.micro_batch_tokens", "train.compile", "train.cuda_graphs",
         "train.deterministic", "train.gradient_checkpointing", "train.memory_gib")  # fmt: skip
 
 
@@ -74,6 +76,8 @@ def check(
     earlier, differing = differences(path, before, values)
     if WEIGHTS in differing:
         differing[WEIGHTS] += " (the fingerprint of what model.path names: it has changed, or is another model)"
+    if START in differing:
+        differing[START] += " (the fingerprint of the adapter that it names, if it is there)"
     ahead = all(key.startswith(AHEAD) for key in differing)
     if differing and not (ahead and same_so_far(earlier)):
         hint = ". With them, steps that are done would have been others" if ahead else ""
@@ -101,6 +105,11 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
         if WEIGHTS not in old:  # of an earlier version
             new.pop(WEIGHTS, None)
             new["model.path"] = values["settings"]["model"]["path"]
+        begun = values["settings"]["train"]["start_from"]
+        if (earlier.train.start_from is None) != (begun is None):
+            new[START] = begun
+        elif START not in held["resolved"]:  # it was not there any more, or an earlier version did not look
+            new.pop(START, None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); move the folder away to start afresh") from None
     keys = [*new, *(key for key in old if key.startswith("phases.") and key not in new)]

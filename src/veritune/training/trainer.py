@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import config
+from ..data.sources import file_hash
 from ..durable import alone_in
 from ..errors import MissingError
 from ..model import adapter, load
@@ -30,6 +31,8 @@ from .session import Session, Stop, age, session
 from .setup import begun_from_nothing, prepare
 from .state import Training, Watch
 from .step import deterministic, fitting, update
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def train(
@@ -253,6 +256,8 @@ def decisive(state: Training) -> dict[str, Any]:
     """What decides the mathematics besides the settings: see `runfolder.start`."""
     found: dict[str, Any] = {"fingerprint": state.about.data, "precision": state.base.precision}
     found[runfolder.WEIGHTS] = state.base.weights or state.base.path
+    if state.run.train.start_from and (start := Path(state.run.train.start_from).expanduser() / WEIGHTS).is_file():
+        found[runfolder.START] = file_hash(start)[:16]
     if state.run.lora.dropout:  # what is dropped depends on how a step is cut, and on what draws the random numbers
         device = state.base.device.type
         compiled = state.run.train.compile and device == "cuda"
@@ -272,4 +277,4 @@ def save_adapter(
         return
     card = runfolder.card(state.run, state.base.path, state.about.data, step, quality)
     files = adapter.files(state.model, state.about, card)
-    publish(folder, files | ({"adapter_model.safetensors": weights} if weights else {}))
+    publish(folder, files | ({WEIGHTS: weights} if weights else {}))
