@@ -108,10 +108,10 @@ class Watcher:
                 raise Diverged(f"the validation's loss is {found['loss']}")
             entry = {"step": step, "rows": self.rows, "seconds": round(self.seconds, 3), **found}
             rung = asha.validated(step, steps, settings.validations)
-            now = self.board.report(self.taken, entry, rung, last=step == steps)
-            if now == "pruned":
+            became = self.board.report(self.taken, entry, rung, last=step == steps)
+            if became == "pruned":
                 raise Pruned(f"after {step} of {steps} steps")
-            if now == "paused":
+            if became == "paused":
                 return Paused(f"after {step} of {steps} steps")
         return None
 
