@@ -345,6 +345,7 @@ def test_smollm2_float32(smollm2_case: Any) -> None:
     assert_equal(of_trie(ours, rows, labels, answers), expected)
 
 
+@pytest.mark.slow
 def test_smollm2_float64(smollm2_case: Any) -> None:
     """Held to what transformers itself computes in float32 whatever the weights are: rotary angles, and the logits
     that the loss reads."""

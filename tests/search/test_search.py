@@ -166,7 +166,9 @@ def test_a_trial_has_a_name_of_its_own_on_trackers(tmp_path: Path) -> None:
         assert (track.name, track.group) == (its, "s")
 
 
-@pytest.mark.parametrize(("at_once", "damage"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(
+    ("at_once", "damage"), [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (1, True)]
+)
 def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     whole: tuple[list[dict[str, Any]], str, Path],
     data: Path,
