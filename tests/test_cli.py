@@ -100,7 +100,10 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     assert f"veritune {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("args", "shows"), [(["--help"], "AUROC, Brier, log loss"), (["--version"], __version__)])
+@pytest.mark.parametrize(
+    ("args", "shows"),
+    [(["--help"], "veritune train RUN.toml"), (["--help"], "AUROC, Brier, log loss"), (["--version"], __version__)],
+)
 def test_help_and_version(args: list[str], shows: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(args) == 0
     assert shows in capsys.readouterr().out

@@ -131,21 +131,20 @@ PLACES += [("stream", step, "micro_loss", 2) for step in (1, 2, 3)]  # before, i
 PLACES += [("stream", 2, "score_ids", call) for call in (1, 3)]
 
 
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, kind: str, step: int, tmp_path: Path) -> tuple[config.Run, config.Run]:
+    """A run of a kind that is done, and a copy of it as it was after a step."""
+    want: config.Run = request.getfixturevalue(kind)
+    return want, copied_until(want, step, tmp_path / "again")
+
+
 @pytest.mark.parametrize(("kind", "step", "name", "call"), PLACES)
 def test_a_signal_inside_a_step_or_a_validation_changes_nothing(
-    request: pytest.FixtureRequest,
-    base: load.Base,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    step: int,
-    name: str,
-    call: int,
+    pair: tuple[config.Run, config.Run], base: load.Base, monkeypatch: pytest.MonkeyPatch, name: str, call: int
 ) -> None:
-    want: config.Run = request.getfixturevalue(kind)
-    again = copied_until(want, step, tmp_path / "again")
+    want, again = pair
     signalled(again, base, steps if name == "micro_loss" else measure, name, call, monkeypatch)
-    assert not (tmp_path / "again" / "adapter").exists()
+    assert not Path(again.out, "adapter").exists()
     go(again, base)
     same(Path(want.out), Path(again.out))
 
@@ -156,18 +155,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(("kind", "step", "call"), [("whole", 1, 1), ("stream", 2, 1), ("stream", 2, 3)])
 def test_a_validation_between_a_stop_and_a_kill_is_not_kept_twice(
-    request: pytest.FixtureRequest,
-    base: load.Base,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    step: int,
-    call: int,
+    pair: tuple[config.Run, config.Run], base: load.Base, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """The stop, before the validation or a probe is done, saves the step; the next session measures, and is killed
     before it has saved that."""
-    want: config.Run = request.getfixturevalue(kind)
-    again = copied_until(want, step, tmp_path / "again")
+    want, again = pair
     signalled(again, base, measure, "score_ids", call, monkeypatch)
 
     def kill(*unused: Any) -> None:
@@ -177,9 +169,9 @@ def test_a_validation_between_a_stop_and_a_kill_is_not_kept_twice(
         patch.setattr(trainer, "save_checkpoint", kill)
         with pytest.raises(Killed):
             go(again, base)
-    last = metrics(tmp_path / "again")[-1]
+    last = metrics(Path(again.out))[-1]
     assert "validation" in last
-    assert last["step"] == int(checkpoints(tmp_path / "again")[-1].name[5:])
+    assert last["step"] == int(checkpoints(Path(again.out))[-1].name[5:])
     go(again, base)
     same(Path(want.out), Path(again.out))
 

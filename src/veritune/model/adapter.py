@@ -35,6 +35,7 @@ from .load import Base
 from .merge import unmergeable
 
 ABOUT = "veritune.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ def load_adapter(
     finds nothing against it. Raises MissingError or ModelError.
     """
     folder = Path(path).expanduser()
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     if not (folder / "adapter_config.json").is_file() or not file.is_file():
-        raise MissingError(f"{path}: not an adapter folder (adapter_config.json and adapter_model.safetensors)")
+        raise MissingError(f"{path}: not an adapter folder (adapter_config.json and {WEIGHTS})")
     try:
         described: Any = PeftConfig.from_pretrained(str(folder))
         if described.peft_type != PeftType.LORA:
@@ -206,7 +207,7 @@ def files(model: Any, about: About, card: str) -> dict[str, bytes | dict[str, to
         "veritune": __version__,
     }
     return {
-        "adapter_model.safetensors": weights(model),
+        WEIGHTS: weights(model),
         "adapter_config.json": json.dumps(described, indent=2).encode(),
         ABOUT: json.dumps(values, indent=1, ensure_ascii=False).encode(),
         "README.md": card.encode(),

@@ -106,7 +106,7 @@ class Verifier:
             merge = False
         model = adapter.load_adapter(loaded, path, merge=merge)
         model.eval()
-        digest = hashlib.sha256((Path(path).expanduser() / "adapter_model.safetensors").read_bytes())
+        digest = hashlib.sha256((Path(path).expanduser() / adapter.WEIGHTS).read_bytes())
         merged = [] if isinstance(model, PeftModel) else ["merged"]
         base = loaded.weights or settings.path
         values = [about.frame.to_json(), base, precision, *merged, *([] if share is None else [share])]

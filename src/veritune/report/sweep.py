@@ -127,8 +127,9 @@ def cut(sweep: Sweep, trials: list[dict[str, Any]]) -> tuple[float, tuple[float,
     values = np.array([t["params"].get(LR, float("nan")) for t in known], dtype=np.float64)
     if not len(values) or not (values > 0).all():
         return None
-    best = min(sweep.measured(), key=lambda t: t["loss"], default={"params": {LR: 0.0}})["params"][LR]
-    lost = [t["state"] == "diverged" or (t["params"][LR] > best and t["loss"] > CHANCE) for t in known]
+    best = sweep.best()
+    top = best["params"][LR] if best else math.inf
+    lost = [t["state"] == "diverged" or (t["params"][LR] > top and t["loss"] > CHANCE) for t in known]
     return edge(values, np.array(lost))
 
 

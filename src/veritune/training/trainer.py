@@ -32,8 +32,6 @@ from .setup import begun_from_nothing, prepare
 from .state import Training, Watch
 from .step import deterministic, fitting, update
 
-WEIGHTS = "adapter_model.safetensors"
-
 
 def train(
     run: config.Run,
@@ -256,8 +254,9 @@ def decisive(state: Training) -> dict[str, Any]:
     """What decides the mathematics besides the settings: see `runfolder.start`."""
     found: dict[str, Any] = {"fingerprint": state.about.data, "precision": state.base.precision}
     found[runfolder.WEIGHTS] = state.base.weights or state.base.path
-    if state.run.train.start_from and (start := Path(state.run.train.start_from).expanduser() / WEIGHTS).is_file():
-        found[runfolder.START] = file_hash(start)[:16]
+    start = state.run.train.start_from
+    if start and (weights := Path(start).expanduser() / adapter.WEIGHTS).is_file():
+        found[runfolder.START] = file_hash(weights)[:16]
     if state.run.lora.dropout:  # what is dropped depends on how a step is cut, and on what draws the random numbers
         device = state.base.device.type
         compiled = state.run.train.compile and device == "cuda"
@@ -277,4 +276,4 @@ def save_adapter(
         return
     card = runfolder.card(state.run, state.base.path, state.about.data, step, quality)
     files = adapter.files(state.model, state.about, card)
-    publish(folder, files | ({WEIGHTS: weights} if weights else {}))
+    publish(folder, files | ({adapter.WEIGHTS: weights} if weights else {}))
