@@ -32,6 +32,14 @@ def _rows(array, i, tokens, heads: tl.constexpr, head, width: tl.constexpr, colu
 
 
 @triton.jit
+def _earlier(array, i, heads: tl.constexpr, head, width: tl.constexpr, columns: tl.constexpr):
+    """The same of rows that are all there."""
+    d = tl.arange(0, columns)
+    at = (i.to(tl.int64) * heads + head)[:, None] * width + d[None, :]
+    return tl.load(array + at) if width == columns else tl.load(array + at, mask=(d < width)[None, :], other=0.0)
+
+
+@triton.jit
 def _keep(array, values, i, tokens, heads: tl.constexpr, head, width: tl.constexpr, columns: tl.constexpr):
     d = tl.arange(0, columns)
     at = (i.to(tl.int64) * heads + head)[:, None] * width + d[None, :]
@@ -42,6 +50,15 @@ def _keep(array, values, i, tokens, heads: tl.constexpr, head, width: tl.constex
 def _until(until, j, tokens):
     """What is past the end sees itself, so that no softmax is over nothing; it is kept nowhere."""
     return tl.load(until + j, mask=j < tokens, other=2147483647)
+
+
+@triton.jit
+def _weigh(query, key, value, sees, top, total, acc, scale):
+    """A block of keys and values more in the softmax of queries: its largest score, its sum, and the values' sum."""
+    s = tl.where(sees, tl.dot(query, tl.trans(key)), float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    p, less = tl.exp2(s * scale - (higher * scale)[:, None]), tl.exp2((top - higher) * scale)
+    return higher, total * less + tl.sum(p, 1), tl.dot(p.to(value.dtype), value, acc * less[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -55,20 +72,27 @@ def _forward(
     top = tl.full((block,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((block,), dtype=tl.float32)
     acc = tl.zeros((block, columns), dtype=tl.float32)
-    first, last = tl.load(table + a), tl.load(table + a + 1)
-    for n in range(first - 1, last):  # the block itself first: every token then sees at least one
-        j = tl.load(table + n, mask=n >= first, other=a) * block + tl.arange(0, block)
-        key = _rows(k, j, tokens, heads // group, h // group, width, columns)
-        s = tl.dot(query, tl.trans(key)) * scale
-        s = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < _until(until, j, tokens)[None, :]), s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        p, less = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
-        total = total * less + tl.sum(p, 1)
-        value = _rows(v, j, tokens, heads // group, h // group, width, columns)
-        acc = tl.dot(p.to(value.dtype), value, acc * less[:, None])
-        top = higher
+    # The block itself apart: of earlier ones all tokens are there, and none is later than a query.
+    key = _rows(k, i, tokens, heads // group, h // group, width, columns)
+    value = _rows(v, i, tokens, heads // group, h // group, width, columns)
+    sees = (i[None, :] <= i[:, None]) & (i[:, None] < _until(until, i, tokens)[None, :])
+    top, total, acc = _weigh(query, key, value, sees, top, total, acc, scale)
+    for n in range(tl.load(table + a), tl.load(table + a + 1)):
+        j = tl.load(table + n) * block + tl.arange(0, block)
+        sees = i[:, None] < tl.load(until + j)[None, :]
+        key = _earlier(k, j, heads // group, h // group, width, columns)
+        value = _earlier(v, j, heads // group, h // group, width, columns)
+        top, total, acc = _weigh(query, key, value, sees, top, total, acc, scale)
     _keep(out, acc / total[:, None], i, tokens, heads, h, width, columns)
-    tl.store(logs + h * tokens + i, top + tl.log2(total), mask=i < tokens)
+    tl.store(logs + h * tokens + i, top * scale + tl.log2(total), mask=i < tokens)
+
+
+@triton.jit
+def _lean(query, g, key, value, sees, log, own, acc, scale):
+    """A block of keys and values more in the gradients of queries."""
+    p = tl.where(sees, tl.exp2(tl.dot(query, tl.trans(key)) * scale - log[:, None]), 0.0)
+    dp = tl.dot(g, tl.trans(value))
+    return tl.dot((p * (dp - own[:, None])).to(key.dtype), key, acc)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,15 +108,16 @@ def _backward_queries(
     tl.store(along + h * tokens + i, own, mask=i < tokens)
     log = tl.load(logs + h * tokens + i, mask=i < tokens, other=0.0)
     acc = tl.zeros((block, columns), dtype=tl.float32)
-    first, last = tl.load(table + a), tl.load(table + a + 1)
-    for n in range(first - 1, last):
-        j = tl.load(table + n, mask=n >= first, other=a) * block + tl.arange(0, block)
-        key = _rows(k, j, tokens, heads // group, h // group, width, columns)
-        s = tl.dot(query, tl.trans(key)) * scale
-        sees = (j[None, :] <= i[:, None]) & (i[:, None] < _until(until, j, tokens)[None, :])
-        p = tl.where(sees, tl.exp2(s - log[:, None]), 0.0)
-        dp = tl.dot(g, tl.trans(_rows(v, j, tokens, heads // group, h // group, width, columns)))
-        acc = tl.dot((p * (dp - own[:, None])).to(key.dtype), key, acc)
+    key = _rows(k, i, tokens, heads // group, h // group, width, columns)
+    value = _rows(v, i, tokens, heads // group, h // group, width, columns)
+    sees = (i[None, :] <= i[:, None]) & (i[:, None] < _until(until, i, tokens)[None, :])
+    acc = _lean(query, g, key, value, sees, log, own, acc, scale)
+    for n in range(tl.load(table + a), tl.load(table + a + 1)):
+        j = tl.load(table + n) * block + tl.arange(0, block)
+        sees = i[:, None] < tl.load(until + j)[None, :]
+        key = _earlier(k, j, heads // group, h // group, width, columns)
+        value = _earlier(v, j, heads // group, h // group, width, columns)
+        acc = _lean(query, g, key, value, sees, log, own, acc, scale)
     _keep(dq, acc * factor, i, tokens, heads, h, width, columns)
 
 
