@@ -1,13 +1,16 @@
 """Compiled layers give plain layers' gradients, whatever the number of tokens, or are not used."""
 
 import shutil
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from tiny_models import tiny
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from veritune import config
@@ -55,6 +58,25 @@ def test_gradients_that_were_summed_up_before_are_no_part_of_the_comparison() ->
     loss_of(made, 1).backward()
     torch.testing.assert_close(gradients(made, lambda: loss_of(made, 2)), expected, rtol=0, atol=0)
     assert all(p.grad is None for p in made.parameters())
+
+
+def test_a_compiled_layer_takes_no_number_that_stands_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would need a kernel for a CPU, which takes a compiler of C++ and most of the time."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)  # as torch comes
+    taken: list[list[int]] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        taken.append([it.dim() for it in inputs if isinstance(it, Tensor)])
+        return make_boxed_func(graph.forward)
+
+    kind = type(load.layers(tiny("llama"))[0])
+    compile_as = partialmethod(torch.nn.Module.compile, backend=aot_autograd(fw_compiler=compiler))
+    monkeypatch.setattr(kind, "compile", compile_as)
+    made = model()
+    assert compile_layers(made, lambda: gradients(made, lambda: loss_of(made, 2))) is None
+    assert len(taken) == 2  # forward and backward
+    assert all(0 not in dims for dims in taken)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")

@@ -18,7 +18,8 @@ compiled against plain 8 %; FP8, whose rounding falls otherwise where a compiler
 on an 8B shape of random weights. What this is to find, such as the zero gradients of an autograd function that works in
 place under torch 2.11, is 100 % off."""
 MOST_SHAPES = 64
-"""Graphs of the layers' one code, one for each shape of adapter: a sweep's later trials would run plain beyond them."""
+"""Graphs of the layers' one code, one for each shape and scaling of adapter: a sweep's later trials would run plain
+beyond them."""
 
 
 def tolerance(precision: str) -> float:
@@ -41,6 +42,9 @@ def compile_layers(
     if all(layer._compiled_call_impl is not None for layer in alike):
         return None
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+    # A norm's epsilon or an adapter's scaling would else be an input on the CPU, with a kernel in C++ to convert it:
+    # most of the time that compiling takes, and nothing compiled where there is no compiler for it.
+    torch._dynamo.config.specialize_float = True
     try:
         plain = compute()
     except torch.OutOfMemoryError as error:
