@@ -86,6 +86,11 @@ def dataset(o: argparse.Namespace) -> tuple[Any, float]:
     return Dataset(InMemoryTable(pa.table(table)), fingerprint="rows"), sum(map(len, whole)) / count
 
 
+def longest(o: argparse.Namespace) -> int:
+    """Tokens of the file's longest row and its label, 2,048 or more: by themselves trainers cut what is longer."""
+    return max(2048, *(len(row) + 1 for row in workload.read(o.rows)[0]))
+
+
 def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float) -> None:
     """A run of TRL's trainer over rows in their order, timed by windows of steps."""
     import torch
@@ -115,7 +120,7 @@ def train(model: Any, tok: Any, o: argparse.Namespace, name: str, started: float
         gradient_accumulation_steps=1,  # Unsloth makes it 2
         lr_scheduler_type="constant", use_cpu=not on_gpu, optim=o.optim, bf16=on_gpu, warmup_steps=0,
         gradient_checkpointing=o.recompute, logging_steps=1, save_strategy="no", report_to=[],
-        max_length=max(2048, *map(len, rows["input_ids"])),
+        max_length=longest(o),
         gradient_checkpointing_kwargs={"use_reentrant": False} if o.recompute else None, packing=False,
         disable_tqdm=True, max_grad_norm=1.0, dataset_kwargs={"skip_prepare_dataset": True},
         **({"use_liger_kernel": True} if o.liger else {}),
@@ -181,7 +186,7 @@ def unsloth(o: argparse.Namespace) -> None:
 
     capped(o.cap)
     model, tok = FastLanguageModel.from_pretrained(
-        o.model, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=o.bits == 4, local_files_only=True
+        o.model, max_seq_length=longest(o), dtype=torch.bfloat16, load_in_4bit=o.bits == 4, local_files_only=True
     )
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=TARGETS,
