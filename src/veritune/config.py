@@ -135,7 +135,7 @@ class Train:
     """GPU memory that the run may take, GiB, what CUDA itself takes included; it is held to that. Default: what is free
     when it starts."""
     compile: bool = True
-    """On a GPU, compile each layer: about a minute at the start, then much faster. The result differs by rounding."""
+    """On a GPU, compile each layer: some ten seconds at the start, then much faster. The result differs by rounding."""
     cuda_graphs: bool = True
     """On a GPU with compile, record a small model's passes as CUDA graphs, if they give the same gradients, and repeat
     them: several times faster where Python could not start kernels as fast as they end."""
