@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from fake_scorer import Recorder, p_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from veritune.config import Columns
 from veritune.errors import ConfigError, DataError, MissingError, NonFiniteError
@@ -284,6 +286,23 @@ class Slow(Recorder):
 source, out = Path(sys.argv[2]), Path(sys.argv[3])
 score_file(Slow(), open_scoring(source, out, Columns()), out, identity="slow", console=Console(), chunk_rows=5)
 """
+
+
+def test_the_speed_of_a_small_file_is_that_of_all_its_rows(tmp_path):
+    """Its rows are told of in one moment, after all the work."""
+
+    class Late(Recorder):
+        def __call__(self, questions, solutions, progress=None, /):
+            time.sleep(0.1)
+            for _ in questions:
+                progress(1)
+            return super().__call__(questions, solutions)
+
+    printed = io.StringIO()
+    source = write_jsonl(tmp_path / "in.jsonl", some_rows(10))
+    score(Late(), source, tmp_path / "out.jsonl", Console(file=printed, width=120), chunk_rows=10)
+    (told,) = re.findall(r"10/10 +([0-9.,]+) rows/s", printed.getvalue())
+    assert 0 < float(told.replace(",", "")) < 10 / 0.1
 
 
 def test_a_killed_process_loses_at_most_a_chunk(tmp_path, console):

@@ -169,7 +169,7 @@ def score_pairs(
     if resumed and partial:
         say(console, f"{partial.path}: {resumed:,} of {len(order):,} rows are scored already, going on")
     with _progress(console) as bar:
-        task = bar.add_task("scoring", total=len(order), completed=resumed)
+        task = bar.add_task("scoring", total=len(order), completed=resumed, begun=resumed)
         try:
             for start in range(0, len(order), chunk_rows):
                 chunk = order[start : start + chunk_rows]
@@ -274,8 +274,13 @@ def _append(partial: Partial, rows: Ints, scores: Floats) -> None:
 
 
 class _Speed(ProgressColumn):
+    """Over the last minutes; in the end over all, since of a small file all rows are told of in one moment."""
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.1f} rows/s" if task.speed else "- rows/s")
+        speed = task.speed
+        if task.finished and task.elapsed:
+            speed = (task.completed - task.fields["begun"]) / task.elapsed
+        return Text(f"{speed:,.1f} rows/s" if speed else "- rows/s")
 
 
 def _progress(console: Console) -> Progress:
