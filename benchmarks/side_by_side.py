@@ -45,8 +45,11 @@ GROUPS: dict[str, list[list[str]]] = {
     "nf4": [
         [*TIMED, "--base", "nf4", "--unpacked"],
         *peers(4, "--recompute", batches=(32, 64)),
-        [*TIMED, "--base", "nf4", "--cap", "40"],
         [*TIMED, "--base", "nf4"],
+    ],
+    "nf4-40": [
+        [*TIMED, "--base", "nf4", "--cap", "40"],
+        *peers(4, "--recompute", "--cap", "40", batches=(64, 32)),
     ],
     "nf4-15": [
         [*TIMED, "--base", "nf4", "--cap", "15"],
