@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_sweeps import prepared, run_values
+from made_sweeps import board, point, prepared, run_values
 from rich.console import Console
 
 from veritune import cli, config
@@ -23,7 +23,7 @@ from veritune.errors import ConfigError, MissingError
 from veritune.model import load
 from veritune.report import page
 from veritune.search import search, space
-from veritune.search.board import Taken
+from veritune.search.board import Board, Taken
 from veritune.search.trial import Diverged, Losses, settings_of
 from veritune.starter import toml
 from veritune.trackers import follow
@@ -267,6 +267,33 @@ def test_trials_that_cannot_be_trained_have_failed(data: Path, tiny_folder: Path
     for _ in range(2):  # and again, when nothing is left to do
         with pytest.raises(ConfigError, match=r"all 2 trials have failed; mend this.*nonsense"):
             swept(values, {"lora.targets": {"choice": [["nonsense"]]}}, trials=2)
+
+
+def test_trials_that_fail_alike_end_a_sweep_unless_another_works(tmp_path: Path) -> None:
+    def progress(pruner: str) -> tuple[Board, search.Progress]:
+        it = board(tmp_path / pruner, trials=9, pruner=pruner)
+        return it, search.Progress(it, config.Run(out="x"), 48, Console(file=io.StringIO()))
+
+    def fail(it: Board, trial: Taken | bool) -> None:
+        assert isinstance(trial, Taken)
+        it.finish(trial, "failed", "nonsense")
+
+    it, paused = progress("asha")
+    first = it.take()
+    assert isinstance(first, Taken)
+    assert it.report(first, point(1), 1, last=False) == "paused"
+    it.release(first)
+    for _ in range(4):
+        fail(it, it.take())
+        paused.look()
+    it, begun = progress("none")
+    first, other = it.take(), board(tmp_path / "none", trials=9)  # the first may work, or fail like the others
+    for _ in range(3):
+        fail(other, other.take())
+        begun.look()
+    fail(it, first)
+    with pytest.raises(ConfigError, match=r"the first 4 trials have all failed; .*: nonsense"):
+        begun.look()
 
 
 def test_a_trial_that_memory_does_not_hold_has_failed(

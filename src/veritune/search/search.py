@@ -117,10 +117,12 @@ class Progress:
             result.tell(result.line(known[number]), result.best_of(trials), self.console)
             self.warn(known[number].user_attrs.get("info", {}).get("trackers", {}))
         self._told |= new
-        finished = [result.line(trial) for trial in known if trial.state.is_finished()]
-        errors = {trial["error"] for trial in finished if trial["state"] == "failed"}
-        if len(finished) >= SAME_FAILURE and len(errors) == 1 and all(t["state"] == "failed" for t in finished):
-            count = len(finished)
+        # One that has validated works, though it is under way or, with asha, pauses; one before them may still do so.
+        judged = [result.line(t) for t in known if t.state.is_finished() or "curve" in t.user_attrs]
+        first = [trial["trial"] for trial in judged[:SAME_FAILURE]] == [*range(SAME_FAILURE)]
+        errors = {trial["error"] for trial in judged if trial["state"] == "failed"}
+        if first and len(errors) == 1 and all(trial["state"] == "failed" for trial in judged):
+            count = len(judged)
             raise ConfigError(
                 f"the first {count} trials have all failed; mend this and choose another sweep.out: {errors.pop()}"
             )
