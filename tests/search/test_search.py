@@ -23,7 +23,7 @@ from veritune.errors import ConfigError, MissingError
 from veritune.model import load
 from veritune.report import page
 from veritune.search import search, space
-from veritune.search.board import Board, Taken
+from veritune.search.board import TRIES, Board, Taken
 from veritune.search.trial import Diverged, Losses, settings_of
 from veritune.starter import toml
 from veritune.trackers import follow
@@ -311,6 +311,24 @@ def test_a_trial_that_memory_does_not_hold_has_failed(
     assert {trial["state"] for trial in trials} == {"complete", "failed"}
     assert all("memory ran out" in trial["error"] for trial in trials if trial["state"] == "failed")
     assert [phase.rows for phase in config.read_run(folder / "best.toml").phases] == [(0, 24), (0, 48)]
+
+
+def test_a_trial_whose_error_ends_every_worker_has_failed_in_the_end(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(state: Any, *rest: Any) -> Any:
+        if Path(state.run.out).name == "0000":
+            raise RuntimeError("a library's")
+        return computed(state, *rest)
+
+    computed = step.gradients
+    monkeypatch.setattr(step, "gradients", gradients)
+    values = run_values(tmp_path / "run", data, tiny_folder)
+    for _ in range(TRIES):
+        with pytest.raises(RuntimeError, match="a library's"):
+            swept(values, trials=2)
+    trials, _, _ = swept(values, trials=2)
+    assert [(trial["state"], trial["attempts"]) for trial in trials] == [("failed", TRIES), ("complete", 1)]
 
 
 def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -165,12 +165,13 @@ class Board:
             value = min(point["loss"] for point in taken.curve) if state == "complete" else None
             self.study.tell(taken.trial, value, TOLD[state])
 
-    def release(self, taken: Taken) -> None:
-        """Gives a trial back: for whoever takes one next, or paused if it stands at its rung."""
+    def release(self, taken: Taken, *, broken: bool = False) -> None:
+        """Gives a trial back: for whoever takes one next, or paused if it stands at its rung. `broken`: it ends its
+        worker's life, which counts as a kill does."""
         with suppress(Lost), self.own(taken):
-            taken.trial.set_user_attr("info", taken.info | {"idle": 0, "worker": None})
-            if not asha.paused(taken.info):
-                self.storage.set_trial_state_values(taken.trial._trial_id, TrialState.WAITING)
+            taken.info |= {} if broken else {"idle": 0}
+            taken.trial.set_user_attr("info", taken.info)
+            self.give_up(self.storage.get_trial(taken.trial._trial_id))
 
     def reclaim(self) -> None:
         """Gives up the trials of dead workers. Call under the lock."""
@@ -179,7 +180,7 @@ class Board:
                 self.give_up(trial)
 
     def give_up(self, trial: FrozenTrial) -> None:
-        """A dead worker's trial waits again, is paused if it stands at its rung, or has failed if it only waits."""
+        """A trial without a worker waits again, is paused if it stands at its rung, or has failed if it only waits."""
         # Whoever dies while it takes the trial must not pass for the worker before.
         info = trial.user_attrs.get("info", {}) | {"worker": None}
         self.storage.set_trial_user_attr(trial._trial_id, "info", info)

@@ -190,7 +190,7 @@ def run_trial(
         except (RuntimeError, RoomError) as error:
             of_memory = isinstance(error, torch.OutOfMemoryError | RoomError) or "out of memory" in str(error).lower()
             if not of_memory:
-                board.release(taken)
+                board.release(taken, broken=not isinstance(error, ModelError))
                 raise
             reason = first_line(error)
             if not alone:
