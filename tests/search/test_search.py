@@ -27,7 +27,7 @@ from veritune.search.board import TRIES, Board, Taken
 from veritune.search.trial import Diverged, Losses, settings_of
 from veritune.starter import toml
 from veritune.trackers import follow
-from veritune.training import status, step
+from veritune.training import status, step, trainer
 from veritune.training.trainer import train
 
 SPACE = {"train.lr": {"log": [1e-4, 1e-2]}, "train.optimizer": {"choice": ["adamw_torch", "lion_8bit"]}}
@@ -436,6 +436,30 @@ def test_a_stop_gives_the_trial_back(
     trials, _, _ = swept(values, trials=2)
     assert [trial["state"] for trial in trials] == ["complete", "complete"]
     assert [trial["attempts"] for trial in trials] == [1, 2]
+
+
+def test_a_trial_stopped_before_a_validation_goes_on_as_if_it_had_not_been(
+    whole: tuple[list[dict[str, Any]], str, Path],
+    data: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, stops = trainer.measure, [4]
+
+    def stopped(state: Any, at: Any, *rest: Any) -> None:
+        if at.done in stops:
+            stops.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(state, at, *rest)
+
+    monkeypatch.setattr(trainer, "measure", stopped)
+    values = run_values(tmp_path / "run", data, tiny_folder)
+    with pytest.raises(KeyboardInterrupt):
+        swept(values, trials=1)
+    trials, _, folder = swept(values, trials=1)
+    assert [it["from_step"] for it in status.read(folder / "trials" / "0000")["sessions"]] == [0, 4]
+    assert untimed(trials) == untimed(whole[0][:1])
 
 
 def test_without_optuna_it_says_how_to_install_it(

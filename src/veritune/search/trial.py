@@ -90,7 +90,7 @@ class Watcher:
         now, settings, steps = time.perf_counter(), self.board.settings, len(state.plan)
         if self.losses is None:
             self.losses = Losses(max(FEWEST, math.ceil(settings.patience * steps)))
-            self.go_on(step)
+            self.go_on(step, step - 1 if "loss" in values else step)
             self.mark = now - values.get("seconds", 0.0)
         self.seconds += now - self.mark
         self.mark = now
@@ -115,11 +115,11 @@ class Watcher:
                 return Paused(f"after {step} of {steps} steps")
         return None
 
-    def go_on(self, step: int) -> None:
-        """Takes up what was there before the first step of this attempt."""
+    def go_on(self, step: int, done: int) -> None:
+        """Takes up what was there before this attempt: `done` steps, and the validations before `step`."""
         assert self.losses is not None
         for line in self.before:
-            if "loss" in line and line["step"] < step:
+            if "loss" in line and line["step"] <= done:
                 self.rows += line["rows"]
                 self.seconds += line["seconds"]
                 self.losses.add(line["loss"])
