@@ -296,6 +296,21 @@ def test_trials_that_fail_alike_end_a_sweep_unless_another_works(tmp_path: Path)
         begun.look()
 
 
+def test_a_sweep_in_the_current_folder_has_its_name(
+    whole: tuple[list[dict[str, Any]], str, Path],
+    data: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trials, _, _ = swept(run_values(tmp_path / "run", data, tiny_folder), out=".", trials=1)
+    assert untimed(trials) == untimed(whole[0][:1])
+    described = json.loads(Path("trials/0000/run.json").read_text())
+    assert described["settings"]["track"]["group"] == "here"
+
+
 def test_a_trial_that_memory_does_not_hold_has_failed(
     data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def sweep(
             f"{run.data.path}: a sweep needs rows in both train and validation; prepare it with --validation-rows N"
         )
     folder = Path(settings.out or f"{run.out.rstrip('/')}-sweep")
+    folder = folder if folder.name else folder.resolve()  # "." has no name, by which the study and trials go
     shared = {axis.key: axis.as_json() for axis in axes}
     same = result.agreed(run, settings, shared, data.fingerprint, rows)
     text = f"{folder}: {settings.trials:,} trials of {rows:,} rows each; searched: {', '.join(shared)}"
