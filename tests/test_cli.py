@@ -272,6 +272,9 @@ def test_what_is_there_is_not_overwritten(place: Place, tmp_path: Path, capsys: 
     for verb in ("score", "submit"):
         assert str(out) in told(capsys, verb, place.best, place.held_out, "--out", out)
     assert out.read_text() == "mine"
+    shutil.copy(place.held_out, out)
+    assert f"{out}: is the input" in told(capsys, "evaluate", place.best, out, "--out", tmp_path / "." / "out.jsonl")
+    assert out.read_bytes() == place.held_out.read_bytes()
 
 
 # The whole way.

@@ -167,6 +167,7 @@ def evaluate(
 
     from .data import dataset, sources
     from .quality import evaluate as evaluation
+    from .quality.rowfile import check_free
     from .quality.score import say
 
     if baseline and how.share is not None:
@@ -174,8 +175,8 @@ def evaluate(
             "--share with --baseline: the base model was trained for no share, so a comparison would show just the move"
         )
     frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
-    if out and out.is_dir():
-        raise ConfigError(f"--out {out}: this is a folder; name a file")
+    if out:
+        check_free(out, [data], overwrite=True)
     rows = evaluation.check(frame, how.columns, by=by, where=str(data))
     for note in rows.notes:
         say(console, note)
