@@ -151,6 +151,19 @@ def test_trials_that_came_back_to_chance_are_over_the_edge_and_those_too_slow_to
     assert value == pytest.approx(10**-2.5)
 
 
+def test_a_trial_pruned_early_that_tells_good_from_bad_is_not_over_the_edge(tmp_path: Path) -> None:
+    rng, found = np.random.default_rng(0), []
+    early = {"state": "pruned", "loss": 0.71}
+    ends = [{"state": "complete", "loss": 0.55}, {**early, "auroc": 0.72}, *[{**early, "auroc": 0.51}] * 2]
+    for i, end in enumerate(ends):
+        one = trial(i, rng, **end)
+        one["params"]["train.lr"] = 10.0 ** (i - 4)
+        found.append(one)
+    made = trials.read(write(tmp_path / "s", found))
+    value, _ = sweep.cut(made, made.trials) or (0.0, None)
+    assert value == pytest.approx(10**-2.5)
+
+
 def test_what_the_loss_depends_on_matters_most(made: Path) -> None:
     pytest.importorskip("optuna")
     found = trials.importance(trials.read(made))

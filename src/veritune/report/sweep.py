@@ -24,6 +24,8 @@ BEST = 3
 """The colour of the best trial."""
 CHANCE = 0.69
 """A loss, just under ln 2, that a trial which has learnt anything goes under."""
+GUESSED = 0.55
+"""An AUROC that a trial which has learnt nothing hardly comes over."""
 
 
 def sections(sweep: Sweep, price: float | None) -> list[Section | None]:
@@ -116,7 +118,7 @@ def learning_rate(sweep: Sweep) -> Section | None:
     text = (
         "The edge is the learning rate that best parts trials it was too high for from the others; interval: "
         "bootstrap. It was too high for those that diverged, and for those above the best trial's that came back with "
-        "a loss of chance (never under 0.69) and learnt nothing."
+        f"a loss of chance (never under 0.69) and learnt nothing; one pruned with an AUROC over {GUESSED} had learnt."
     )
     return Section("learning-rate", "Learning rate", blocks, text)
 
@@ -129,8 +131,14 @@ def cut(sweep: Sweep, trials: list[dict[str, Any]]) -> tuple[float, tuple[float,
         return None
     best = sweep.best()
     top = best["params"][LR] if best else math.inf
-    lost = [t["state"] == "diverged" or (t["params"][LR] > top and t["loss"] > CHANCE) for t in known]
+    lost = [t["state"] == "diverged" or (t["params"][LR] > top and learnt_nothing(t)) for t in known]
     return edge(values, np.array(lost))
+
+
+def learnt_nothing(trial: dict[str, Any]) -> bool:
+    """Whether a measured trial's loss is one of chance. Where it was pruned good scores begin so: its AUROC tells."""
+    good = trial["state"] == "pruned" and is_number(trial["auroc"]) and trial["auroc"] > GUESSED
+    return trial["loss"] > CHANCE and not good
 
 
 def edge_cells(found: tuple[float, tuple[float, float] | None] | None) -> tuple[str, str]:
