@@ -20,6 +20,10 @@ class ConfigError(VerituneError, ValueError):
     """A setting, a run file or a flag cannot be used."""
 
 
+class OtherWayError(ConfigError):
+    """A run's checkpoint was computed in another way (precision; with dropout, micro-batches or device too)."""
+
+
 class DataError(VerituneError, ValueError):
     """Rows, a data file or a prepared dataset cannot be used."""
 

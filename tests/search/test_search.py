@@ -453,14 +453,9 @@ def test_a_stop_gives_the_trial_back(
     assert [trial["attempts"] for trial in trials] == [1, 2]
 
 
-def test_a_trial_stopped_before_a_validation_goes_on_as_if_it_had_not_been(
-    whole: tuple[list[dict[str, Any]], str, Path],
-    data: Path,
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real, stops = trainer.measure, [4]
+def stop_once(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    """Has the next sweep stopped before the validation at a step."""
+    real, stops = trainer.measure, [before]
 
     def stopped(state: Any, at: Any, *rest: Any) -> None:
         if at.done in stops:
@@ -469,12 +464,34 @@ def test_a_trial_stopped_before_a_validation_goes_on_as_if_it_had_not_been(
         real(state, at, *rest)
 
     monkeypatch.setattr(trainer, "measure", stopped)
+
+
+def test_a_trial_stopped_before_a_validation_goes_on_as_if_it_had_not_been(
+    whole: tuple[list[dict[str, Any]], str, Path],
+    data: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop_once(monkeypatch, 4)
     values = run_values(tmp_path / "run", data, tiny_folder)
     with pytest.raises(KeyboardInterrupt):
         swept(values, trials=1)
     trials, _, folder = swept(values, trials=1)
     assert [it["from_step"] for it in status.read(folder / "trials" / "0000")["sessions"]] == [0, 4]
     assert untimed(trials) == untimed(whole[0][:1])
+
+
+def test_a_trial_with_dropout_begins_again_where_rows_are_computed_otherwise(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_once(monkeypatch, 4)
+    values = run_values(tmp_path / "run", data, tiny_folder) | {"lora": {"dropout": 0.1}}
+    with pytest.raises(KeyboardInterrupt):
+        swept(values, trials=1)
+    trials, _, folder = swept(values | {"train": {"batch_size": 8, "micro_batch_tokens": 1024}}, trials=1)
+    assert (trials[0]["state"], trials[0]["rows_done"], len(trials[0]["curve"])) == ("complete", 48, 3)
+    assert "was 2048, is 1024" in (folder / "trials" / "0000.log").read_text()
 
 
 def test_without_optuna_it_says_how_to_install_it(

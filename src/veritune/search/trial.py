@@ -16,7 +16,16 @@ import torch
 from rich.console import Console
 
 from .. import config
-from ..errors import ConfigError, DataError, ModelError, NoneWholeError, NonFiniteError, RoomError, first_line
+from ..errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NoneWholeError,
+    NonFiniteError,
+    OtherWayError,
+    RoomError,
+    first_line,
+)
 from ..model import load
 from ..trackers import follow
 from ..training import status
@@ -219,7 +228,7 @@ def outcome(
         go = partial(train, its, console, base, watch=watcher, adapters=False)
         try:
             go()
-        except NoneWholeError as error:  # of an earlier worker: a trial is short, and need not wait for somebody
+        except (NoneWholeError, OtherWayError) as error:  # an earlier worker's: a trial is short, nobody need mend it
             console.print(f"{error}\nThis trial begins again.", style="yellow", markup=False)
             shutil.rmtree(folder / "checkpoints")
             go()

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import __version__, config
 from ..durable import found, make_folder, replace_file
-from ..errors import ConfigError
+from ..errors import ConfigError, OtherWayError
 from ..quality.metrics import plain
 
 RUN = "run.json"
@@ -26,6 +26,9 @@ FREE = ("out", "data.path", "model.path", "model.device", "validation.", "checkp
 
 # Settings that say what is still to be trained: they may change as far as nothing of what is done would be different.
 AHEAD = ("phases", "strategy.", "train.epochs", "data.rows")
+
+WAY = ("precision", "model.device", "train.micro_batch_tokens", "train.compile", "processes")
+"""Of the resolved values, those that say how the same run is computed: a machine and its memory may decide them."""
 
 
 def described(run: config.Run, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +89,8 @@ def check(
                 ": the rate of every step depends on how many there are, so append [[phases]] instead of epochs, or "
                 "train a constant rate"
             )
-        raise ConfigError(
+        kind = OtherWayError if set(differing) <= set(WAY) else ConfigError
+        raise kind(
             f"{path.parent} holds a run with other settings: {'; '.join(differing.values())}{hint}. "
             f"Put them back to go on with that run, or choose another `{setting}`"
         )
