@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -220,6 +221,20 @@ def test_the_model_is_loaded_once_and_the_same_command_goes_on(
     (folder / "study.db").unlink()
     with pytest.raises(ConfigError, match="holds trials of another sweep"):
         swept(values)
+
+
+def test_a_base_whose_weights_have_changed_is_refused(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    values = run_values(tmp_path / "run", data, model)
+    _, _, folder = swept(values, trials=1)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match=r"holds trials of a base with other weights: what model\.path names"):
+        swept(values, trials=2)
+    assert [trial["state"] for trial in read(folder)] == ["complete"]
+    values["model"]["path"] = str(shutil.copytree(tiny_folder, tmp_path / "elsewhere" / "model"))
+    assert [trial["state"] for trial in swept(values, trials=2)[0]] == ["complete", "complete"]
 
 
 def test_diverging_trials_stop_early_and_say_so(data: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -255,6 +255,18 @@ class Board:
                     connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
                     yield
 
+    def agree(self, weights: str | None) -> None:
+        """Raises ConfigError if trials were trained on a base of other weights; None: nothing tells."""
+        with self.locked():
+            before = self.study.user_attrs.get("weights")
+            if before is None and weights is not None:
+                self.study.set_user_attr("weights", weights)
+            elif weights not in (None, before):
+                raise ConfigError(
+                    f"{self.folder} holds trials of a base with other weights: what model.path names has changed, or "
+                    "is another model here. Put it back to go on with the sweep, or choose another sweep.out"
+                )
+
     def close(self) -> None:
         """Leaves the sweep; a trial still in this worker's hands waits for the next."""
         with self.locked():

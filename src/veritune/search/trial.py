@@ -187,6 +187,7 @@ def run_trial(
     with (folder.parent / f"{folder.name}.log").open("a", encoding="utf-8") as log, board.living(taken):
         try:
             base = desk.loaded(run.model)
+            board.agree(base.weights)
             state, reason = outcome(board, taken, run, rows, base, watcher, folder, Console(file=log, width=120))
             taken.info["trackers"] = dict(follow.failures)
             if state == "paused":
