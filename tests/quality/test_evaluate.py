@@ -81,6 +81,14 @@ def test_it_says_for_which_share_the_scores_are_meant(console, share, trained, m
     assert (f"--share {own:.2f} moves it to these" in shown) == hint
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_it_names_no_share_that_cannot_be_given(console, label):
+    frame, good, _ = some_frame()
+    frame = frame.with_columns(pl.Series("is_correct", [label] * 399 + [not label]))
+    ev.show(ev.evaluate(frame, good, train_share=0.5, resamples=20), console)
+    assert "--share" not in console.file.getvalue()
+
+
 def test_a_value_with_one_label_has_a_dash_for_its_auroc_and_null_in_the_json(tmp_path, console):
     frame, good, _ = some_frame()
     kind = pl.when(pl.col("is_correct")).then(pl.lit("good")).otherwise(pl.lit(None))

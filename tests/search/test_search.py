@@ -371,6 +371,8 @@ def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_fo
         swept({**values, "prompt": {"max_length": 1_000_000}})
     with pytest.raises(ConfigError, match=r"lora.targets: nonsense names no layer"):
         swept({**values, "lora": {"targets": ["q_proj", "nonsense"]}})
+    with pytest.raises(ConfigError, match=r"sweep.pruner = 'asha' with sweep.validations = 1: .* 2 or more"):
+        swept(values, pruner="asha", validations=1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -214,7 +214,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     say(console, f"{rows:,} rows of {questions:,} questions, {share:.1%} of the solutions correct")
     meant = result["train_share"] if result["share"] is None else result["share"]
     if meant is not None:
-        hint = f"; --share {share:.2f} moves it to these" if abs(meant - share) > FAR else ""
+        told = abs(meant - share) > FAR and 0 < round(share, 2) < 1  # --share takes neither 0 nor 1
+        hint = f"; --share {share:.2f} moves it to these" if told else ""
         say(console, f"P(correct) is meant for rows of which {meant:.1%} are correct{hint}")
     if result["unscored"]:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result["unscored"].items())

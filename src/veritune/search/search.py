@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Container, Iterator
@@ -47,6 +48,11 @@ def sweep(
         raise DataError(
             f"{run.data.path}: a sweep needs rows in both train and validation; prepare it with --validation-rows N"
         )
+    if settings.pruner != "none" and settings.validations == 1:
+        raise ConfigError(
+            f"sweep.pruner = {settings.pruner!r} with sweep.validations = 1: a trial's only validation is at its end, "
+            "so none could be stopped before; set sweep.validations to 2 or more, or sweep.pruner to 'none'"
+        )
     folder = Path(settings.out or f"{run.out.rstrip('/')}-sweep")
     folder = folder if folder.name else folder.resolve()  # "." has no name, by which the study and trials go
     shared = {axis.key: axis.as_json() for axis in axes}
@@ -80,7 +86,9 @@ def sweep(
             f"all {len(trials)} trials have failed; mend this and choose another sweep.out: {trials[0]['error']}"
         )
     said = (
-        f"next: veritune train {folder / 'best.toml'}" if best else "no trial was completed, so there is no best.toml"
+        f"next: veritune train {shlex.quote(str(folder / 'best.toml'))}"
+        if best
+        else "no trial was completed, so there is no best.toml"
     )
     if not worker:
         console.print(said, highlight=False, markup=False, soft_wrap=True)
