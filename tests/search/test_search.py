@@ -25,7 +25,7 @@ from veritune.model import load
 from veritune.report import page
 from veritune.search import search, space
 from veritune.search.board import TRIES, Board, Taken
-from veritune.search.trial import Diverged, Losses, settings_of
+from veritune.search.trial import Desk, Diverged, Losses, settings_of
 from veritune.starter import toml
 from veritune.trackers import follow
 from veritune.training import status, step, trainer
@@ -197,6 +197,19 @@ def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     assert ("begins again" in (folder / "trials" / "0000.log").read_text()) is damage
     keys = ("params", "loss", "auroc", "state")
     assert [[trial[key] for key in keys] for trial in found] == [[trial[key] for key in keys] for trial in whole[0]]
+
+
+def test_a_worker_that_waits_for_another_ends_at_its_limit(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    values = run_values(tmp_path / "run", data, tiny_folder) | {"session": {"hours": 1e-4}}
+    run = config.build(config.Run, values, "test")
+
+    def waits() -> None:
+        raise AssertionError("it waits on")
+
+    other = board(tmp_path / "s", trials=1)
+    assert isinstance(other.take(), Taken)
+    with pytest.raises(KeyboardInterrupt, match=r"the limit of 0\.0001 hours, while others"):
+        search.work(board(tmp_path / "s", trials=1), run, 48, Desk(), waits, waits, alone=True)
 
 
 def test_the_model_is_loaded_once_and_the_same_command_goes_on(
