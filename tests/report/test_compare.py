@@ -57,6 +57,19 @@ def test_rows_are_matched_by_their_id(finished: Path, second: Path, tmp_path: Pa
     assert found[1]["accuracy"].value == pytest.approx(accuracy)
 
 
+def test_rows_of_one_label_have_no_auroc_to_compare(finished: Path, second: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one", tmp_path / "other"
+    for source, copy in zip((finished, second), one, strict=True):
+        shutil.copytree(source, copy)
+        scores = pl.read_parquet(copy / "scores-best.parquet")
+        scores.filter(pl.col("is_correct")).write_parquet(copy / "scores-best.parquet")
+    page.report([*one], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "nan" not in text.lower()
+    assert "Accuracy: difference from one" in text
+    assert "AUROC: difference from one" not in text
+
+
 def test_runs_without_scores_and_on_other_data_are_shown_as_such(finished: Path, second: Path, tmp_path: Path) -> None:
     bare, other = tmp_path / "bare", tmp_path / "other"
     for path in (bare, other):

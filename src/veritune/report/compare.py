@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ def differences(held: Sequence[Scored | None], short: Sequence[str]) -> Section:
         count, by = found
         rows.append((name, f"{count:,}", *(cell for key in lines for cell in cells(by[key]))))
         for key, line in lines.items():
-            line.append((name, by[key].value, by[key].interval))
+            if not math.isnan(by[key].value):  # AUROC of rows with one label only
+                line.append((name, by[key].value, by[key].interval))
     blocks: list[Any] = [
         Chart(f"{name}: difference from {short[0]}", svg.intervals(lines[key], x_label="difference", rule=0.0))
         for key, name in (("accuracy", "Accuracy"), ("auroc", "AUROC"))
@@ -163,6 +165,8 @@ def difference(first: Scored, second: Scored) -> tuple[int, dict[str, Difference
 
 def cells(of: Difference) -> tuple[str, str]:
     """A difference with its interval, and its p-value."""
+    if math.isnan(of.value):
+        return "-", "-"
     low_high = f"  {of.interval[0]:+.3f} to {of.interval[1]:+.3f}" if of.interval else ""
     return f"{of.value:+.3f}{low_high}", number(of.p_value)
 
