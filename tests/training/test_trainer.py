@@ -183,6 +183,22 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     assert_same(Path(uninterrupted.out), Path(again.out))
 
 
+def test_a_template_that_prints_the_time_does_not_change_the_prompt_of_a_run_that_goes_on(
+    data: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "dated"
+    shutil.copytree(tiny_folder, model)
+    template = model / "chat_template.jinja"
+    template.write_text("Now: {{ strftime_now('%H:%M:%S.%f') }}\n" + template.read_text())
+    whole = whole_run(tmp_path / "whole", data, model, epochs=0.5)
+    trained(whole)
+    again = copied_until(whole, 2, tmp_path / "again")
+    trained(again)
+    assert_same(Path(whole.out), Path(again.out))
+    about = (Path(it.out) / "best" / "veritune.json" for it in (whole, again))
+    assert next(about).read_bytes() == next(about).read_bytes()
+
+
 def test_a_finished_run_stays_as_it_is(uninterrupted: config.Run, tmp_path: Path) -> None:
     again = copied_until(uninterrupted, 6, tmp_path / "again")
     trained(again)

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..model import adapter
 from ..quality import metrics
+from ..tokens.encode import encoder
+from ..tokens.prompt import Frame
 from . import optimizer as optimizers
 from .checkpoint import Saved, Saver
 from .optimizer_state import optimizer_tensors, restore_optimizer
@@ -84,7 +86,7 @@ def save_checkpoint(state: "Training", saver: Saver, at: At) -> None:
     """Hands everything a resume needs to the saver, which writes it while training goes on."""
     tensors, settings = optimizer_tensors(state.optimizer)
     groups = {"adapter": adapter.weights(state.model), "optimizer": tensors}
-    values = {"optimizer": settings, "at": metrics.plain(asdict(at))}
+    values = {"optimizer": settings, "at": metrics.plain(asdict(at)), "frame": state.about.frame.to_json()}
     if state.best:
         groups["best"] = state.best
     if state.fork is not None:
@@ -100,6 +102,9 @@ def restore(state: "Training", saved: Saved) -> At:
     state.best = tensors.get("best", {})
     if "fork" in saved.state:
         state.fork = Point(tensors["fork_adapter"], tensors["fork_optimizer"], saved.state["fork"])
+    if "frame" in saved.state:  # a template that prints today's date would go on with another prompt
+        state.about = replace(state.about, frame=Frame.from_json(saved.state["frame"]))
+        state.encoder = replace(encoder(state.about.frame, state.base.tokenizer), known=state.encoder.known)
     at = At(**saved.state["at"])
     at.quality, at.best_quality = metrics.figures(at.quality), metrics.figures(at.best_quality)
     if at.best is None or "loss" not in (at.best_quality or {}):  # earlier versions chose by another figure
