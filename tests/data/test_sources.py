@@ -32,6 +32,18 @@ def test_a_folder_stands_for_the_data_files_in_it(tmp_path):
     assert any("more than once" in note for note in notes)
 
 
+def test_links_in_a_folder_are_read_or_named(tmp_path):
+    (tmp_path / "named").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    made_rows.write(tmp_path / "elsewhere" / "a.csv", made_rows.rows(10))
+    for link, target in (("part", "elsewhere"), ("a.csv", "elsewhere/a.csv"), ("gone.csv", "nowhere")):
+        (tmp_path / "named" / link).symlink_to(tmp_path / target)
+    notes = []
+    assert [source.path.name for source in find_files([str(tmp_path / "named")], notes.append)] == ["a.csv"]
+    assert any("part: left alone, a link to a folder" in note for note in notes)
+    assert any("gone.csv: left alone, a link to a lost file" in note for note in notes)
+
+
 def test_what_cannot_be_a_source(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     (tmp_path / "nothing").mkdir()

@@ -40,8 +40,8 @@ class Source(NamedTuple):
 
 def find_files(named: list[str], note: Note) -> list[Source]:
     """The files that `named` stands for, each once, sorted by name: what is done never depends on the order in which
-    they were named. A folder stands for the data files in it, however deep, but not for those of prepared folders;
-    `note` is told what else was there.
+    they were named. A folder stands for the data files in it, however deep, but not for those of prepared folders or
+    behind links to folders; `note` is told what else was there.
 
     Raises MissingError and DataError for what is not there, is of another kind, or is a folder without data files.
     """
@@ -149,6 +149,9 @@ def _files_in(folder: Path, note: Note) -> list[Path]:
             note(f"{path}: left alone, a prepared dataset")
         elif path.is_file():
             (files if path.name.lower().endswith(tuple(KINDS)) else others).append(path)
+        elif path.is_symlink():
+            to = "a folder; name it beside this one" if path.is_dir() else "a lost file"
+            note(f"{path}: left alone, a link to {to}")
     if not files:
         raise DataError(f"{folder}: no data file in this folder; veritune reads {', '.join(KINDS)}")
     if others:
