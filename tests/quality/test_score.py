@@ -49,15 +49,16 @@ def test_jsonl_keeps_every_byte_of_a_line_and_gets_two_fields(tmp_path, scorer, 
         b"\n",
         b'{"question": "say \\"}\\"", "solution": "a\\nb", "same": 1, "same": 2}\n',
         b"   \n",
+        b"\x1f\xc2\xa0\n",  # blank by Unicode's measure
         b'{"question": "last {", "solution": "}", "z": -0.0}',
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"".join(lines))
     result = score(scorer, source, out, console)
     got = out.read_bytes().splitlines(keepends=True)
-    assert [len(got), result.rows, result.scored] == [6, 4, 4]
+    assert [len(got), result.rows, result.scored] == [7, 4, 4]
     for before, after in zip(lines, got, strict=True):
-        if not before.strip():
+        if not before.decode("utf-8-sig").strip():
             assert after == before
             continue
         body, end = before.rstrip()[:-1], before[len(before.rstrip()) :]

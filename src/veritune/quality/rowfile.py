@@ -290,8 +290,8 @@ def _csv_ending(body: bytes, value: float) -> bytes:
 
 
 def _json_ending(body: bytes, value: float) -> bytes:
-    inside = body.rstrip()
-    tail, inside = body[len(inside) :], inside[:-1].rstrip()
+    inside, _, tail = body.rpartition(b"}")  # what follows is blank
+    inside = inside.rstrip()
     score, verdict = ("null", "null") if math.isnan(value) else (repr(value), str(value >= THRESHOLD).lower())
     comma = "" if inside.endswith(b"{") else ", "
     return inside + f'{comma}"{ADDED[0]}": {score}, "{ADDED[1]}": {verdict}}}'.encode() + tail
