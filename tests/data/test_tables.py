@@ -38,6 +38,14 @@ def test_whole_numbers_beside_fractions_keep_every_digit(tmp_path):
     assert read_table(path)["n"].to_list() == [2.0**53, 0.5]
 
 
+@pytest.mark.parametrize("late", [{"b": 2}, {"a": 1, "b": 2}, [1.5]])
+def test_nested_values_that_differ_late_keep_all_they_hold(tmp_path, late):
+    first = [1] if isinstance(late, list) else {"a": 1}
+    rows = [{"x": value} for value in [*[first] * 200, None, late]]
+    table = read_table(made_rows.write(tmp_path / "a.jsonl", rows))
+    assert table["x"].to_list() == [*[json.dumps(first)] * 200, None, json.dumps(late)]
+
+
 def test_csv_is_text_and_empty_fields_are_null(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'ID,question\n007,"two\nlines"\n1,\n')

@@ -1,7 +1,6 @@
 """One whole file as a table, for evaluating and scoring rows: every row, in order, every column as it came."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,17 @@ def as_text(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict | float) else str(value)
 
 
-def _typed(name: str, values: Sequence[Any]) -> pl.Series:
+def _typed(name: str, values: list[Any]) -> pl.Series:
     kinds = {type(value) for value in values} - {type(None)}
     try:
         if kinds == {int, float}:
             if any(type(value) is int and float(value) != value for value in values):
                 raise OverflowError  # a number that would become its neighbour
             return pl.Series(name, values, pl.Float64, strict=False)
-        return pl.Series(name, values, strict=True)
+        column = pl.Series(name, values, strict=True)
+        if kinds & {list, dict} and column.to_list() != values:
+            raise TypeError  # its type is that of the first ones: keys or fractions of later ones would be lost
+        return column
     except (TypeError, OverflowError, pl.exceptions.PolarsError):
         return pl.Series(name, [as_text(value) for value in values], pl.String)
 
