@@ -238,6 +238,13 @@ def test_a_prepared_folder_within_a_source_folder_is_left_alone(tmp_path, source
         dataset.prepare([str(tmp_path / "deep")], tmp_path / "other", Prepare())
 
 
+def test_a_path_is_no_pattern(tmp_path, source):
+    for name in ("rows [v2]", "rows v", "rows *"):
+        dataset.prepare([str(source)], tmp_path / name, Prepare())
+    counts = {sum(map(len, rows_of(tmp_path / name))) for name in ("rows [v2]", "rows v", "rows *")}
+    assert len(counts) == 1
+
+
 def test_an_altered_folder_does_not_load(tmp_path, source):
     out = tmp_path / "out"
     dataset.prepare([str(source)], out, Prepare())

@@ -176,6 +176,12 @@ def test_scores_are_shown_without_rows_and_with_other_data(finished: Path, data:
         assert 'id="worst"' not in text
 
 
+def test_paths_are_no_patterns(finished: Path, data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run [2]")
+    text = written(run, tmp_path / "report.html", data=shutil.copytree(data, tmp_path / "rows [2]"))
+    assert 'id="worst"' in text
+
+
 def test_forgetting_is_a_heat_map(finished: Path, tmp_path: Path) -> None:
     with_phases = tmp_path / "phases"
     shutil.copytree(finished, with_phases)

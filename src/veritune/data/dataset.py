@@ -115,8 +115,8 @@ def load(path: Path) -> Prepared:
     """
     manifest = folder.read_manifest(path)
     return Prepared(
-        train=pl.read_parquet(path / folder.TRAIN),
-        validation=pl.read_parquet(path / folder.VALIDATION),
+        train=pl.read_parquet(path / folder.TRAIN, glob=False),
+        validation=pl.read_parquet(path / folder.VALIDATION, glob=False),
         fingerprint=manifest["fingerprint"],
     )
 

@@ -36,7 +36,7 @@ def load(run: RunFolder, data: Path | None = None) -> Scored | None:
     """Reads the scores of the best validation and joins them with the rows of the prepared folder (`data`, or the one
     that the run names); None where the run has kept none."""
     try:
-        scores = pl.read_parquet(run.path / SCORES["best"])
+        scores = pl.read_parquet(run.path / SCORES["best"], glob=False)
         labels, p = scores["is_correct"].to_numpy().astype(bool), scores["p_correct"].to_numpy().astype(np.float64)
     except (OSError, pl.exceptions.PolarsError):
         return None
@@ -48,7 +48,7 @@ def load(run: RunFolder, data: Path | None = None) -> Scored | None:
         if manifest(run, data).get("fingerprint") != run.about["resolved"].get("fingerprint"):
             problem = f"{place} is not there, or is not the dataset that the run was trained on"
         else:
-            rows = pl.read_parquet(place / VALIDATION).unique("id")
+            rows = pl.read_parquet(place / VALIDATION, glob=False).unique("id")
             joined = scores.join(rows.drop("is_correct"), on="id", how="left", maintain_order="left")
             if joined["question"].null_count():
                 problem = f"{place} does not hold all rows that the run was validated on"
