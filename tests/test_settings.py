@@ -229,6 +229,18 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert found == config.build(config.Run, {"out": "o", **changed, "track": {"to": ["tensorboard", "wandb"]}}, "test")
 
 
+def test_the_home_folder_may_be_written_as_a_shell_would_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    file = tmp_path / "run.toml"
+    file.write_text('out = "~/run"\n[data]\npath = "~/rows"\n[sweep]\nout = "~/sweep"\n')
+    run, sweep, _ = config.read_sweep(file)
+    assert (run.out, run.data.path, sweep.out) == tuple(f"/home/someone/{name}" for name in ("run", "rows", "sweep"))
+    found = flags.parse(config.Run, ["--out=~/other"], run, prog="p", description="")
+    assert found.out == "/home/someone/other"
+
+
 # What helps to write them.
 
 

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from .errors import ConfigError, MissingError
 from .redact import holds_secret
 from .suggest import did_you_mean, nearest
-from .sweepkeys import Sweep
+from .sweepkeys import Place, Sweep
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -39,7 +39,7 @@ INSTRUCTION = (
 class Data:
     """What to train on."""
 
-    path: str = "prepared"
+    path: Place = "prepared"
     """The prepared dataset: a folder that `veritune prepare` wrote."""
     rows: Count | None = None
     """Train on the first N rows of the prepared order (drawn evenly by label); all of them by default."""
@@ -252,7 +252,7 @@ class Track:
 class Run:
     """One training run."""
 
-    out: str
+    out: Place
     """The run folder. The same command again goes on from its last checkpoint."""
     phases: tuple[Phase, ...] = ()
     """Phases spelt out, in place of a strategy: each `[[phases]]` table is one."""
@@ -350,7 +350,7 @@ def _explain(cls: Any, item: Any, beside: Sequence[str]) -> str:
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = keys(cls) + [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)] + [*beside]
         for listed in dataclasses.fields(cls):  # tables in a list, such as [[phases]]
-            inner = [kind for kind in get_args(listed.type) if dataclasses.is_dataclass(kind)]
+            inner = [it for it in get_args(listed.type) if isinstance(it, type) and dataclasses.is_dataclass(it)]
             known += [f"{listed.name}.{name}" for kind in inner for name in keys(kind)]
         meant = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
         return f"unknown key {key!r}{did_you_mean(nearest(meant, known))}"

@@ -121,7 +121,8 @@ def names(what: Any, prefix: str = "") -> list[str]:
 
 def _tables(cls: Any) -> list[str]:
     """The settings that are tables in a list, such as `[[phases]]`, which no flag can hold."""
-    return [it.name for it in dataclasses.fields(cls) if any(map(dataclasses.is_dataclass, get_args(it.type)))]
+    kinds = [(it.name, kind) for it in dataclasses.fields(cls) for kind in get_args(it.type) if isinstance(kind, type)]
+    return [name for name, kind in kinds if dataclasses.is_dataclass(kind)]
 
 
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]

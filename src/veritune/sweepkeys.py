@@ -1,10 +1,13 @@
 """The keys of a run file's `[sweep]` table, and which settings its `[sweep.space]` can hold."""
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path in which ~ is the home folder: no shell has seen it in a run file."""
 KINDS = ("range", "log", "choice")
 # What trials must agree in, to be compared and to share one loaded model; what a trial, which is one plain phase, does
 # not use; and what has no part in the result.
@@ -17,7 +20,7 @@ FIXED = ("out", "phases", "data.", "model.", "strategy.", "validation.", "checkp
 class Sweep:
     """How settings are searched for. What is searched stands in `[sweep.space]`; see docs/sweep.md."""
 
-    out: str | None = None
+    out: Place | None = None
     """The sweep folder; by default the run's `out` with `-sweep` behind it."""
     trials: Annotated[int, Field(ge=1)] = 31
     """Configurations to try."""
