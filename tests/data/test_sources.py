@@ -1,5 +1,7 @@
 """What the user names becomes files, once each, and files of every format become the same chunks."""
 
+import os
+
 import made_rows
 import polars as pl
 import pytest
@@ -42,6 +44,12 @@ def test_links_in_a_folder_are_read_or_named(tmp_path):
     assert [source.path.name for source in find_files([str(tmp_path / "named")], notes.append)] == ["a.csv"]
     assert any("part: left alone, a link to a folder" in note for note in notes)
     assert any("gone.csv: left alone, a link to a lost file" in note for note in notes)
+
+
+def test_a_name_that_cannot_be_written_down_is_an_error_before_anything_is_read(tmp_path):
+    (tmp_path / os.fsdecode(b"pr\xfcfung.csv")).write_text("question,solution,label\n1?,2,true\n")
+    with pytest.raises(DataError, match=r"pr\\udcfcfung\.csv': the name is not UTF-8: rename"):
+        find_files([str(tmp_path)], print)
 
 
 def test_what_cannot_be_a_source(tmp_path):

@@ -110,7 +110,7 @@ def read_json_lines(lines: Iterator[Line]) -> Iterator[tuple[int, dict[str, Any]
             continue
         if type(value) is not dict:
             yield number, Refused(number, NOT_OBJECT, json_kind(value), clip(raw))
-        elif _SURROGATE.search(raw) and not _is_unicode(value):
+        elif _SURROGATE.search(raw) and not is_unicode(value):
             yield number, Refused(number, NOT_UNICODE, "", clip(raw))
         else:
             yield number, value
@@ -253,7 +253,8 @@ def json_kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _is_unicode(value: Any) -> bool:
+def is_unicode(value: Any) -> bool:
+    """Whether text, and what JSON makes of lists and objects of it, can be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -15,6 +15,7 @@ import polars as pl
 from ..config import Columns
 from ..errors import DataError, MissingError, VerituneError
 from .chunks import Chunk, Note, Tick, csv_chunks, json_chunks, table_chunks
+from .lines import is_unicode
 from .tables import read_csv_table, read_json_table
 
 KINDS = {
@@ -58,6 +59,8 @@ def find_files(named: list[str], note: Note) -> list[Source]:
             raise MissingError(f"{place}: no such file or folder")
         for file in _files_in(place, note) if place.is_dir() else [place]:
             kind_of(file)
+            if not is_unicode(str(file)):
+                raise DataError(f"{str(file)!r}: the name is not UTF-8: rename the file or its folder")
             key = str(file.resolve())
             if key in found:
                 note(f"{file}: named more than once, read once")
