@@ -298,6 +298,16 @@ def test_a_dataset_without_validation_rows_is_refused(tiny_folder: Path, tmp_pat
         trained(settings(tmp_path / "run", data, tiny_folder))
 
 
+def test_rows_of_one_label_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row | {"is_correct": True}) + "\n" for row in generate(8, seed=1)))
+    data = config.Prepare(balance="none", validation_rows=2)
+    dataset.prepare([str(rows)], tmp_path / "prepared", data)
+    with pytest.raises(DataError, match="rows to train on are True, so there is nothing to tell apart"):
+        trained(settings(tmp_path / "run", tmp_path / "prepared", tiny_folder))
+    assert not (tmp_path / "run").exists()
+
+
 # A number that is none.
 
 

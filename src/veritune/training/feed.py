@@ -77,6 +77,11 @@ def read(run: config.Run) -> Source:
             f"{run.data.path}: training needs rows in both train and validation; prepare it with --validation-rows N"
         )
     train, held = Rows.of(frame), Rows.of(data.validation)
+    if train.labels.all() or not train.labels.any():
+        raise DataError(
+            f"{run.data.path}: all {len(frame):,} rows to train on are {bool(train.labels[0])}, so there is nothing to "
+            "tell apart. Prepare rows with both labels, or choose more of them (data.rows)"
+        )
     column = run.strategy.column
 
     def table(rows: Rows, frame: pl.DataFrame) -> Table:
