@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from .errors import ConfigError, MissingError
 from .redact import holds_secret
 from .suggest import did_you_mean, nearest
-from .sweepkeys import Place, Sweep
+from .sweepkeys import Place, Sweep, tables
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -349,9 +349,7 @@ def _explain(cls: Any, item: Any, beside: Sequence[str]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = keys(cls) + [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)] + [*beside]
-        for listed in dataclasses.fields(cls):  # tables in a list, such as [[phases]]
-            inner = [it for it in get_args(listed.type) if isinstance(it, type) and dataclasses.is_dataclass(it)]
-            known += [f"{listed.name}.{name}" for kind in inner for name in keys(kind)]
+        known += [f"{listed}.{name}" for listed, kind in tables(cls).items() for name in keys(kind)]
         meant = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
         return f"unknown key {key!r}{did_you_mean(nearest(meant, known))}"
     if item["type"] in ("missing", "missing_keyword_only_argument"):

@@ -12,6 +12,7 @@ import tyro
 from . import config
 from .errors import ConfigError
 from .suggest import did_you_mean, nearest
+from .sweepkeys import tables
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -28,7 +29,7 @@ def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, de
     if any(arg in HELP for arg in args):
         tyro.cli(cls, args=list(args), default=tyro.MISSING_NONPROP if default is None else default, **options)
     check(args, names(cls), prog)
-    for listed in _tables(cls):
+    for listed in tables(cls):
         if any(arg.partition("=")[0] == f"--{listed}" for arg in args):
             raise ConfigError(f"--{listed} is no flag: [[{listed}]] tables stand in the run file")
     # Parsed into a class without checks: tyro would show pydantic's own words for what they refuse.
@@ -117,12 +118,6 @@ def names(what: Any, prefix: str = "") -> list[str]:
             if plain is bool:
                 out.append(f"{prefix}no_{name}")
     return out
-
-
-def _tables(cls: Any) -> list[str]:
-    """The settings that are tables in a list, such as `[[phases]]`, which no flag can hold."""
-    kinds = [(it.name, kind) for it in dataclasses.fields(cls) for kind in get_args(it.type) if isinstance(kind, type)]
-    return [name for name, kind in kinds if dataclasses.is_dataclass(kind)]
 
 
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]

@@ -1,7 +1,8 @@
-"""The keys of a run file's `[sweep]` table, and which settings its `[sweep.space]` can hold."""
+"""The keys of a run file's `[sweep]` table, what its `[sweep.space]` can hold, and what all settings share."""
 
+import dataclasses
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -14,6 +15,12 @@ KINDS = ("range", "log", "choice")
 FIXED = ("out", "phases", "data.", "model.", "strategy.", "validation.", "checkpoint.", "session.", "track.",
          "train.start_from", "train.compile", "train.cuda_graphs", "train.micro_batch_tokens",
          "train.gradient_checkpointing", "train.memory_gib", "train.non_finite", "train.deterministic")  # fmt: skip
+
+
+def tables(cls: Any) -> dict[str, type]:
+    """The settings that are tables in a list, such as `[[phases]]`, and the class of such a table."""
+    kinds = [(it.name, kind) for it in dataclasses.fields(cls) for kind in get_args(it.type) if isinstance(kind, type)]
+    return {name: kind for name, kind in kinds if dataclasses.is_dataclass(kind)}
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
