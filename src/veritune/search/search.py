@@ -19,7 +19,7 @@ from .. import config
 from ..data import dataset
 from ..errors import ConfigError, DataError, VerituneError
 from ..model import adapter, load
-from ..training.session import age
+from ..training.session import Session, age
 from . import asha, result, space
 from .board import Board, open_board
 from .trial import Desk, NoMemory, lives_with, run_trial
@@ -163,10 +163,10 @@ def work(
     alone: bool,
 ) -> None:
     """Runs trials until none is left; the base model is loaded once. `alone`: no other worker is on the device."""
+    limit = Session(run.session.hours, age())
     while (taken := board.take()) is not False:
         if taken is True:
-            if run.session.hours is not None and age() > 3600 * run.session.hours:
-                raise KeyboardInterrupt(f"the limit of {run.session.hours:g} hours, while others' trials are under way")
+            limit.check()
             time.sleep(PAUSE)
             alive()
         else:
