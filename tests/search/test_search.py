@@ -39,6 +39,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared(tmp_path_factory.mktemp("data") / "d")
 
 
+@pytest.fixture
+def values(data: Path, tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run in the test's own folder."""
+    return run_values(tmp_path / "run", data, tiny_folder)
+
+
 def swept(
     values: dict[str, Any], declared: dict[str, Any] = SPACE, **settings: Any
 ) -> tuple[list[dict[str, Any]], str, Path]:
@@ -199,9 +205,8 @@ def test_a_sweep_stops_at_its_limit_and_the_same_command_goes_on(
     assert [[trial[key] for key in keys] for trial in found] == [[trial[key] for key in keys] for trial in whole[0]]
 
 
-def test_a_worker_that_waits_for_another_ends_at_its_limit(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    values = run_values(tmp_path / "run", data, tiny_folder) | {"session": {"hours": 1e-4}}
-    run = config.build(config.Run, values, "test")
+def test_a_worker_that_waits_for_another_ends_at_its_limit(values: dict[str, Any], tmp_path: Path) -> None:
+    run = config.build(config.Run, values | {"session": {"hours": 1e-4}}, "test")
 
     def waits() -> None:
         raise AssertionError("it waits on")
@@ -326,14 +331,13 @@ def test_trials_that_fail_alike_end_a_sweep_unless_another_works(tmp_path: Path)
 
 def test_a_sweep_in_the_current_folder_has_its_name(
     whole: tuple[list[dict[str, Any]], str, Path],
-    data: Path,
-    tiny_folder: Path,
+    values: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    trials, _, _ = swept(run_values(tmp_path / "run", data, tiny_folder), out=".", trials=1)
+    trials, _, _ = swept(values, out=".", trials=1)
     assert untimed(trials) == untimed(whole[0][:1])
     described = json.loads(Path("trials/0000/run.json").read_text())
     assert described["settings"]["track"]["group"] == "here"
@@ -497,14 +501,9 @@ def stop_once(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
 
 
 def test_a_trial_stopped_before_a_validation_goes_on_as_if_it_had_not_been(
-    whole: tuple[list[dict[str, Any]], str, Path],
-    data: Path,
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    whole: tuple[list[dict[str, Any]], str, Path], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_once(monkeypatch, 4)
-    values = run_values(tmp_path / "run", data, tiny_folder)
     with pytest.raises(KeyboardInterrupt):
         swept(values, trials=1)
     trials, _, folder = swept(values, trials=1)
@@ -513,10 +512,10 @@ def test_a_trial_stopped_before_a_validation_goes_on_as_if_it_had_not_been(
 
 
 def test_a_trial_with_dropout_begins_again_where_rows_are_computed_otherwise(
-    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_once(monkeypatch, 4)
-    values = run_values(tmp_path / "run", data, tiny_folder) | {"lora": {"dropout": 0.1}}
+    values |= {"lora": {"dropout": 0.1}}
     with pytest.raises(KeyboardInterrupt):
         swept(values, trials=1)
     trials, _, folder = swept(values | {"train": {"batch_size": 8, "micro_batch_tokens": 1024}}, trials=1)
