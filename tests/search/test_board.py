@@ -75,12 +75,12 @@ def kill_many(folder: Path, settings: dict[str, Any], *, kills: int, workers: in
         time.sleep(rng.random() * pause * 3)
         if killed < kills:
             place = rng.randrange(workers)
-            if running[place].is_alive():
+            if running[place].is_alive():  # one that has ended found the sweep through
                 os.kill(running[place].pid or 0, signal.SIGKILL)
                 killed += 1
-            running[place].join()
-            running[place] = start()
-            running[place].start()
+                running[place].join()
+                running[place] = start()
+                running[place].start()
     assert killed == kills, "the sweep was through too early for this test"
     return board(folder, **settings)
 
@@ -382,10 +382,10 @@ def test_kills_leave_paused_and_promoted_trials_as_they_are(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_fifty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
-    it = kill_many(tmp_path / "s", {"trials": 31}, kills=50, workers=4, pause=0.3)
-    check_all_there(it, tmp_path / "s", 31)
-    it = kill_many(tmp_path / "t", {"trials": 31, "pruner": "asha", "reduction": 2}, kills=50, workers=4, pause=0.3)
-    check_asha(it, tmp_path / "t", 31)
+    it = kill_many(tmp_path / "s", {"trials": 120}, kills=50, workers=4, pause=0.3)
+    check_all_there(it, tmp_path / "s", 120)
+    it = kill_many(tmp_path / "t", {"trials": 120, "pruner": "asha", "reduction": 2}, kills=50, workers=4, pause=0.3)
+    check_asha(it, tmp_path / "t", 120)
 
 
 @pytest.fixture(scope="module")
