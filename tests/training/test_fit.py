@@ -56,7 +56,7 @@ def test_settings_are_followed() -> None:
 def test_where_nothing_fits_the_least_is_taken_and_it_says_so() -> None:
     found = choose(LLAMA_8B, replace(NF4, precision="bf16"), config.Train(), STEP, room_of(200 * GIB, 15))
     assert not found.fits
-    assert (found.budget, found.recomputed) == (STEP.longest, 32)
+    assert (found.budget, found.recomputed) == (STEP.longest, least(replace(NF4, precision="bf16")))
 
 
 def test_falling_back_takes_less_each_time_until_nothing_does() -> None:
@@ -67,7 +67,16 @@ def test_falling_back_takes_less_each_time_until_nothing_does() -> None:
         peaks.append(now.peak.total)
         assert len(peaks) < 50
     assert peaks == sorted(set(peaks), reverse=True)
-    assert (now.budget, now.recomputed) == (STEP.longest, 32)
+    assert (now.budget, now.recomputed) == (STEP.longest, least(NF4))
+
+
+def least(job: Job) -> int:
+    """Layers that are computed again where a row at a time takes the least memory: all, or all but the last, whose MLP
+    runs on label rows alone and which then keeps less than its input and that of another layer's second pass."""
+    row = memory.Batch(STEP.longest, STEP.reach, int(STEP.parts * STEP.longest) + 1, int(STEP.rows * STEP.longest) + 1)
+    found = min(range(33), key=lambda recomputed: memory.peak(LLAMA_8B, job, row, recomputed).total)
+    assert found >= 31
+    return found
 
 
 def test_a_steps_sizes_are_those_of_its_tries() -> None:

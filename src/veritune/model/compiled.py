@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from ..errors import first_line
 from . import lora
@@ -45,13 +46,18 @@ def compile_layers(
     # A norm's epsilon or an adapter's scaling would else be an input on the CPU, with a kernel in C++ to convert it:
     # most of the time that compiling takes, and nothing compiled where there is no compiler for it.
     torch._dynamo.config.specialize_float = True
+    # Outputs of norms and of an MLP's activation are computed again, though products of the backward pass take them:
+    # a third less is kept.
+    functorch.ban_recompute_materialized_backward = False
+    # Rows that are scaled to FP8 are kept in a program's registers where that is faster, which is tried on the GPU.
+    options = {"triton.multi_kernel": 1} if (what, precision) == ("logits", "fp8") else None
     try:
         plain = compute()
     except torch.OutOfMemoryError as error:
         return f"they could not be compared with plain ones: {first_line(error)}"
     _take_gradients(model.get_input_embeddings())
     for layer in alike:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, options=options)
     try:
         compiled = compute()
     except Exception as error:  # whatever a compiler of kernels can raise, plain layers still work

@@ -143,7 +143,7 @@ class Verifier:
         have more to score: layers are then compiled.
         """
         if len(questions) and self.pace.seconds > COMPILE_AFTER:
-            self.compile(questions[:8], solutions[:8])
+            self.compile(questions, solutions)
         started = time.perf_counter()
         p = self._scores(questions, solutions, progress)
         self.pace.seconds += time.perf_counter() - started
@@ -162,7 +162,9 @@ class Verifier:
         if self.pace.compiled or self.device.type != "cuda" or self.way != "paths":
             return
         self.pace.compiled = True
-        trie = build(self.encoder.rows(questions, solutions)[0])
+        # A batch as it is scored: kernels are chosen by what is fastest on the first one.
+        rows, _ = self.encoder.rows(questions[:1024], solutions[:1024])
+        trie = build([rows[i] for i in split(rows, self.budget)[0]])
 
         def centred() -> Tensor:
             with torch.inference_mode():

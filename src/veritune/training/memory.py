@@ -57,16 +57,16 @@ KEPT = {
     # Norm inputs in float32 (2 wide) and outputs (2 hidden); queries, attention's outputs; keys, values; gate,
     # silu(gate), up and their product.
     "plain": Widths(hidden=2, wide=2, query=2, key=2, inner=4, low=1, sums=1),
-    # The partitioner keeps norm inputs as they come, and computes silu(gate) again.
-    "compiled": Widths(hidden=4, query=2, key=2, inner=3, low=1, sums=1),
+    # Norm inputs as they come; their outputs and silu(gate) * up are computed again.
+    "compiled": Widths(hidden=2, query=2, key=2, inner=2, low=1, sums=1),
 }
 """What autograd keeps of one layer."""
 
 FIRST = {"plain": Widths(wide=1), "compiled": Widths(hidden=1)}
 """What the first layer does not keep of that, since its input has no gradient: the first norm's input."""
 
-MLP = {"plain": Widths(hidden=1, inner=2), "compiled": Widths(hidden=1, inner=2)}
-"""The gradients that live beside that while the last product of a layer's MLP goes back."""
+MLP = {"plain": Widths(hidden=1, inner=2), "compiled": Widths(hidden=2, inner=4)}
+"""What lives beside that while the last product of a layer's MLP goes back: gradients, and what is computed again."""
 
 FINAL_NORM = Widths(wide=6)
 """The same for the norm after the last layer, its input included, which is never compiled. A narrow last layer leaves

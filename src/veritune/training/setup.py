@@ -78,8 +78,8 @@ def speed_up(state: Training, console: Console) -> None:
     graphs = graphs and state.base.precision != "fp32"  # its attention asks the GPU for sizes
     if graphs:
         own_stream(state.base.device)
-    # Plain layers, which these are compared with, take more memory, up to a half: a few rows.
-    _, (few, *_), _ = micro_batches(alone, 0, min(state.budget * 2 // 3, room.PROBE_TOKENS))
+    # Plain layers, which these are compared with, take up to twice the memory: a few rows.
+    _, (few, *_), _ = micro_batches(alone, 0, min(state.budget // 2, room.PROBE_TOKENS))
     compute = partial(gradients, state.model, partial(micro_loss, state, few))
     problem = compile_layers(state.model, compute, precision=state.base.precision)
     slower = "layers are not compiled"

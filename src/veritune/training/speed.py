@@ -42,7 +42,7 @@ SHARE = {"plain": 0.65, "compiled": 0.65}
 """Of a card's bf16 rate that a layer's products reach."""
 GAIN = {"fp32": 0.125, "bf16": 1.0, "nf4": 1.0, "fp8": 1.38}
 """Products in a precision, as a multiple of the bf16 rate."""
-PASSES = {"plain": 6.0, "compiled": 3.0}
+PASSES = {"plain": 6.0, "compiled": 4.4}
 """How often what autograd keeps of a layer crosses the memory bus in a forward and a backward pass."""
 START = {"plain": 6e-3, "compiled": 1.4e-3}
 """Seconds for one layer's kernels, forward and backward, however little they do: started by Python, or recorded, as
