@@ -38,7 +38,7 @@ def veritune(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndar
     from veritune.model.compiled import compile_layers
     from veritune.model.verdict import label_logits
     from veritune.model.verifier import score_ids
-    from veritune.tokens.trie import build
+    from veritune.tokens.trie import build, split
 
     device = load.pick_device("auto")
     settings = config.Model(path=o.model or o.shape, base=o.base)
@@ -49,7 +49,7 @@ def veritune(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndar
 
     def few() -> Any:
         with torch.inference_mode():
-            found = label_logits(base.model, build(rows[:8]), device)
+            found = label_logits(base.model, build([rows[i] for i in split(rows[:1024], o.tokens)[0]]), device)
             return found - found.mean(-1, keepdim=True)
 
     if device.type == "cuda" and not o.eager:

@@ -10,8 +10,10 @@ group. `losses` prints each engine's losses over the same steps from the same ad
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,17 +88,24 @@ def run(command: list[str], o: argparse.Namespace, group: str, number: int) -> d
     if found := result_of(log):
         return found
     env = dict(os.environ)
-    if "vllm" in filled and o.vllm_path:
+    if "vllm" not in filled:  # it manages memory itself
+        env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    elif o.vllm_path:
         env["PYTHONPATH"] = f"{o.vllm_path}:{HERE}"
+    script, failed = [sys.executable, str(HERE / filled[0]), *filled[1:]], None
     with log.open("w") as out:
+        engine = subprocess.Popen(script, stdout=out, stderr=out, env=env, start_new_session=True)
         try:
-            script = [sys.executable, str(HERE / filled[0]), *filled[1:]]
-            subprocess.run(script, check=True, stdout=out, stderr=out, timeout=o.timeout, env=env)
+            if engine.wait(o.timeout):
+                tail = log.read_text(errors="replace").strip().splitlines()[-1:]
+                failed = f"exit {engine.returncode}: {' '.join(tail)[:200]}"
         except subprocess.TimeoutExpired:
-            return {"engine": " ".join(filled), "failed": f"not done after {o.timeout} s"}
-        except subprocess.CalledProcessError as error:
-            tail = log.read_text(errors="replace").strip().splitlines()[-1:]
-            return {"engine": " ".join(filled), "failed": f"exit {error.returncode}: {' '.join(tail)[:200]}"}
+            failed = f"not done after {o.timeout} s"
+        finally:  # with what it has started, which would keep the GPU's memory from the next
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(engine.pid, signal.SIGKILL)
+    if failed:
+        return {"engine": " ".join(filled), "failed": failed}
     return result_of(log) or {"engine": " ".join(filled), "failed": "no result"}
 
 

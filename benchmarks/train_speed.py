@@ -8,8 +8,12 @@ ROWS comes from workload.py. Weights of a shape are random: speed needs no other
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
+
+# veritune's own setting, which would come after bitsandbytes has started CUDA.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -154,7 +158,8 @@ def main() -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     stepper = optimizer.make(parameters, config.Train())
     text = base.model.config
-    per_layer = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_layer = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * width
     frozen = text.num_hidden_layers * (per_layer + 3 * text.hidden_size * text.intermediate_size)
     starts = np.flatnonzero(np.r_[True, questions[1:] != questions[:-1]])
     picks = np.concatenate([np.arange(s, min(s + o.together, len(rows))) for s in starts])
@@ -192,7 +197,8 @@ def main() -> None:
     count = 3 + o.windows * o.steps
     micros = [batch(i) for i in range(count)]
     if not o.eager and device.type == "cuda":
-        trie, y = batch(0, room.PROBE_TOKENS)[0]  # plain layers take more memory: few rows, as in a run
+        # Plain layers take up to twice the memory: few rows, as in a run.
+        trie, y = batch(0, min(o.micro_batch_tokens // 2, room.PROBE_TOKENS))[0]
         loss = lambda: label_loss(label_logits(model, trie, device), y.to(device), answers)  # noqa: E731
         problem = compile_layers(model, lambda: gradients(model, loss), precision=o.base)
         said(f"compiled: {problem or 'ok'}")
