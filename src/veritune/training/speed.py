@@ -3,7 +3,8 @@
     seconds = the larger of  products / rate + elementwise traffic / bandwidth + frozen weights read / bandwidth
                        and   what Python takes to start a layer's kernels
 
-All constants stand in the tables below; they are estimates until they are fitted to `benchmarks/memory_grid.py`.
+All constants stand in the tables below. Those of compiled layers were fitted to steps of the 8B shape on an H100
+(docs/memory.md); the others are estimates.
 """
 
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ CARDS = {
 }
 """Cards by a part of the name that the driver gives them; rates and traffic from their makers' data sheets."""
 
-SHARE = {"plain": 0.65, "compiled": 0.65}
+SHARE = {"plain": 0.65, "compiled": 0.68}
 """Of a card's bf16 rate that a layer's products reach."""
+SMALL = 750
+"""Tokens that every micro-batch takes as long as beside its own: products of few rows reach less of that rate."""
 GAIN = {"fp32": 0.125, "bf16": 1.0, "nf4": 1.0, "fp8": 1.38}
 """Products in a precision, as a multiple of the bf16 rate."""
 PASSES = {"plain": 6.0, "compiled": 4.4}
@@ -62,11 +65,12 @@ def seconds(shape: Shape, job: Job, batch: Batch, recomputed: int, card: Card) -
     """Seconds of one micro-batch, forward and backward."""
     mode = "compiled" if job.compiled else "plain"
     again = recomputed / shape.layers
+    tokens = batch.tokens + SMALL
     # A forward pass, the input's gradient, and the part computed again; the adapter has its own gradients too.
-    products = batch.tokens * (2 * shape.inside * (2 + again) + 2 * shape.trained(job.targets, job.rank) * (3 + again))
-    products += batch.tokens * 4 * shape.layers * shape.queries * batch.reach * (3.5 + again)
+    products = tokens * (2 * shape.inside * (2 + again) + 2 * shape.trained(job.targets, job.rank) * (3 + again))
+    products += tokens * 4 * shape.layers * shape.queries * batch.reach * (3.5 + again)
     rate = card.rate * 1e12 * SHARE[mode] * GAIN[job.precision]
-    layer = kept_bytes(shape, job, batch.tokens)
+    layer = kept_bytes(shape, job, tokens)
     traffic = shape.layers * layer * PASSES[mode] * (1 + again / 2)
     # NF4 is read, unpacked to bf16, and read again, at every product.
     weights = (WEIGHT[job.precision] + (2 * ELEMENT["nf4"] if job.precision == "nf4" else 0)) * shape.inside
