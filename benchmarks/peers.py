@@ -46,6 +46,8 @@ def make(folder: Path, weights: str | None) -> None:
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
         **{f"{name}_token": f"<{name}>" for name in ("unk", "pad", "eos", "bos")},
     )
+    if weights:  # Unsloth refuses a padding token that ends a text, too; what pads counts for nothing
+        tok.pad_token = tok.convert_ids_to_tokens(0)
     tok.save_pretrained(folder)
     adapter.add_adapter(base, config.Lora(), seed=0).save_pretrained(folder / "adapter")
 
