@@ -101,11 +101,7 @@ def read_table(path: Path) -> pl.DataFrame:
     Raises MissingError if there is no such file and DataError, with the line, if any row of it cannot be read: nothing
     is dropped here.
     """
-    if path.is_dir():
-        raise DataError(f"{path}: this is a folder; name one file in it")
-    if not path.exists():
-        raise MissingError(f"{path}: no such file")
-    kind = kind_of(path)
+    kind = kind_of_file(path)
     try:
         if kind == "parquet":
             frame = pl.read_parquet(path, glob=False)
@@ -124,6 +120,15 @@ def kind_of(path: Path) -> str:
         if path.name.lower().endswith(suffix):
             return kind
     raise DataError(f"{path}: unknown kind of file; veritune reads {', '.join(KINDS)} and folders of these")
+
+
+def kind_of_file(path: Path) -> str:
+    """`kind_of` one file. Raises MissingError if it is not there, and DataError for a folder too."""
+    if path.is_dir():
+        raise DataError(f"{path}: this is a folder; name one file in it")
+    if not path.exists():
+        raise MissingError(f"{path}: no such file")
+    return kind_of(path)
 
 
 def file_hash(path: Path) -> str:

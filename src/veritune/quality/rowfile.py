@@ -23,9 +23,9 @@ import polars as pl
 from ..config import Columns
 from ..data.lines import NOT_UNICODE, Refused, read_csv, read_json_lines, read_lines
 from ..data.rows import resolve_columns
-from ..data.sources import file_hash, kind_of, read_table
+from ..data.sources import file_hash, kind_of, kind_of_file, read_table
 from ..durable import sync_folder
-from ..errors import ConfigError, DataError, MissingError, VerituneError
+from ..errors import ConfigError, DataError, VerituneError
 from .metrics import THRESHOLD, Floats, verdicts
 
 ADDED = ("p_correct", "verdict")
@@ -89,7 +89,7 @@ def read_rows(path: Path, columns: Columns) -> RowFile:
     Raises MissingError if it is not there; DataError if it is a folder or another format, has no rows, lacks a column,
     already has `p_correct` or `verdict`, holds records that cannot be read, or no row that can be scored.
     """
-    kind = _kind_of_file(path)
+    kind = kind_of_file(path)
     starts: array = array("q")
     frame = None
     if kind == "parquet":
@@ -134,14 +134,6 @@ def read_rows(path: Path, columns: Columns) -> RowFile:
     if len(problems) == len(questions):
         raise DataError(f"{path}: no row can be scored: {explain(problems, out.place)}")
     return out
-
-
-def _kind_of_file(path: Path) -> str:
-    if path.is_dir():
-        raise DataError(f"{path}: this is a folder; name one file in it")
-    if not path.exists():
-        raise MissingError(f"{path}: no such file")
-    return kind_of(path)
 
 
 def explain(problems: Mapping[int, str], place: Any) -> str:
@@ -197,7 +189,7 @@ def _whole(found: Iterable[tuple[int, Any]], path: Path, starts: array) -> Itera
 def check_target(source: Path, out: Path, *, overwrite: bool) -> None:
     """Raises ConfigError if scores of `source` cannot go to `out`: another format (gzip or not does not matter), or
     see `check_free`."""
-    kind = _kind_of_file(source)
+    kind = kind_of_file(source)
     if kind_of(out) != kind:
         raise ConfigError(f"{out}: the output keeps the format of {source.name}; name it something.{kind}")
     check_free(out, [source], overwrite=overwrite)
