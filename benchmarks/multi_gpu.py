@@ -41,7 +41,8 @@ def random_model(shape: str, tokenizer: Path, folder: Path) -> Path:
         )
         words.chat_template = workload.LLAMA3
         words.save_pretrained(folder)
-        random_base(shape, torch.device("cuda" if torch.cuda.is_available() else "cpu")).model.save_pretrained(folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        random_base(shape, device, "bf16").model.save_pretrained(folder)
     return folder
 
 
