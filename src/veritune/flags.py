@@ -36,7 +36,7 @@ def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, de
     bare = _bare(cls)
     given: Any = tyro.MISSING_NONPROP if default is None else _copy(bare, default)
     values = tyro.cli(bare, args=[_long(arg) for arg in args], default=given, **options)
-    return config.build(cls, _values(values), "flags")
+    return config.build(cls, dataclasses.asdict(values), "flags")
 
 
 def check(args: Sequence[str], known: Sequence[str], prog: str) -> None:
@@ -150,12 +150,3 @@ def _copy(bare: Any, settings: Any) -> Any:
             for value in [getattr(settings, item.name)]
         }
     )
-
-
-def _values(settings: Any) -> dict[str, Any]:
-    """The same as nested plain values."""
-    out: dict[str, Any] = {}
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        out[item.name] = _values(value) if dataclasses.is_dataclass(item.type) else value
-    return out
