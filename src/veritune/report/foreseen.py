@@ -19,8 +19,6 @@ CHARACTERS = 3.5
 """Of a token: 4.1 in questions and 3.5 in solutions were measured on real rows with Llama 3's tokenizer."""
 TEMPLATE = 30
 """Tokens of a chat template beside the instruction."""
-STEPS = 16
-"""Steps that are looked at."""
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 """Where there is none of these, there is no GPU, and torch need not be loaded to know it."""
 
@@ -52,14 +50,12 @@ def foresee(run: config.Run, source: Source, gpu: str | None, gib: float | None)
         raise ConfigError(f"model.base = 'fp8': {name} has no FP8 products; use 'bf16', or 'nf4' to save memory")
     of = shape.read(run.model.path)
     job = Job(precision, run.lora.rank, run.lora.targets, run.train.optimizer, run.train.compile)
-    plan = source.plan
-    steps = np.unique(np.linspace(0, len(plan) - 1, STEPS).astype(int)).tolist()
-    counts = [len(plan.rows(step)) for step in steps]
-    mix = fit.mix([reckoned(run, source, plan.rows(step)) for step in steps])
+    steps = [reckoned(run, source, source.plan.rows(step)) for step in fit.looked_at(len(source.plan))]
+    mix = fit.mix(steps)
     found = fit.choose(of, job, run.train, mix, room, card)
     if better := fit.unpacked(found, of, job, run.train, mix):
         found, precision = better, "nf4, held as bf16"
-    return Foreseen(found, precision, of.layers, name, max(counts) / found.seconds)
+    return Foreseen(found, precision, of.layers, name, max(map(len, steps)) / found.seconds)
 
 
 def _card(run: config.Run, gpu: str | None, gib: float | None) -> tuple[str, Card | None, float | None]:

@@ -15,6 +15,8 @@ from .speed import CARDS, Card, seconds
 
 MOST_TOKENS = 16384
 """Tokens of a micro-batch beyond which a GPU gets no faster."""
+STEPS = 16
+"""Steps that are looked at to know what micro-batches will hold."""
 SPREAD = 1.05
 """Parts of a step are about equal, not quite; and steps that were not looked at may be a little larger."""
 
@@ -52,6 +54,11 @@ class Fit:
     @property
     def fits(self) -> bool:
         return self.peak.total <= self.room
+
+
+def looked_at(count: int) -> list[int]:
+    """The numbers of the steps that are looked at, evenly over a run of `count` steps."""
+    return np.unique(np.linspace(0, count - 1, STEPS).astype(int)).tolist()
 
 
 def mix(steps: Sequence[Sequence[np.ndarray]], *, shared: bool = True) -> Mix:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from .feed import Micro
     from .state import Training
 
-STEPS = 16
-"""Steps that are looked at to know what micro-batches will hold."""
 PROBE_TOKENS = 2048
 """Tokens on which compiled layers are compared with plain ones, which take more memory."""
 
@@ -56,11 +54,6 @@ def limit(run: config.Run, device: torch.device) -> float | None:
     return fit.room_of(free + torch.cuda.memory_reserved(device), cap)
 
 
-def steps_of(rows: Callable[[int], list[np.ndarray]], count: int) -> list[list[np.ndarray]]:
-    """Some steps' rows, evenly over a run of `count` steps."""
-    return [rows(step) for step in np.unique(np.linspace(0, count - 1, STEPS).astype(int)).tolist()]
-
-
 def planned(state: "Training", room: float | None) -> Planned | None:
     """How a run's steps are computed; None on a CPU and for a model whose memory is not foreseen."""
     if room is None:
@@ -76,7 +69,7 @@ def planned(state: "Training", room: float | None) -> Planned | None:
         found, _ = state.encoder.rows([table.questions[i] for i in numbers], [table.solutions[i] for i in numbers])
         return [found[i] for i in state.world.share(found)] or found[:1]
 
-    of = fit.mix(steps_of(rows, len(state.plan)), shared=state.way == "paths")
+    of = fit.mix([rows(step) for step in fit.looked_at(len(state.plan))], shared=state.way == "paths")
     lora, compiled = run.lora, run.train.compile and state.way == "paths"
     held = "bf16" if state.base.unpacked else state.base.precision
     job = Job(held, lora.rank, lora.targets, run.train.optimizer, compiled)
