@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..quality.metrics import Bools, Floats, Ints, group_ids, intervals, point
+from ..quality.metrics import Bools, Floats, Ints, group_ids, intervals, point, verdicts
 
 BINS = 20
 RELIABILITY_BINS = 10
@@ -131,9 +131,9 @@ def part(name: str, chosen: Bools, labels: Bools, p: Floats, groups: Ints, resam
 
 def most_wrong(labels: Bools, p: Floats, count: int) -> tuple[list[int], list[int]]:
     """Row numbers: incorrect solutions called correct, the surest first; and correct ones called incorrect."""
-    order = np.argsort(p, kind="stable")
-    low = [int(i) for i in order if labels[i] and p[i] < 0.5][:count]
-    high = [int(i) for i in order[::-1] if not labels[i] and p[i] >= 0.5][:count]
+    order, said = np.argsort(p, kind="stable"), verdicts(p)
+    low = [int(i) for i in order if labels[i] and not said[i]][:count]
+    high = [int(i) for i in order[::-1] if said[i] and not labels[i]][:count]
     return high, low
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..quality.metrics import confusion
+from ..quality.metrics import accuracy, confusion
 from . import figures, svg
 from .blocks import Chart, Row, Section, Table, Text
 from .scored import Scored
@@ -81,7 +81,7 @@ def columns(rows: Scored) -> list[Section]:
     """Accuracy by every column that tells rows apart, and by length."""
     found = figures.by_column(rows.frame, rows.labels, rows.p, rows.groups)
     blocks: list[Any] = []
-    overall = float(((rows.p >= 0.5) == rows.labels).mean())
+    overall = accuracy(rows.labels, rows.p)
     for name, parts in found.items():
         lines = [(x.name, x.figures["accuracy"], x.low_high["accuracy"]) for x in parts]
         drawn = svg.intervals(lines, x_label="accuracy", rule=overall)
