@@ -1,7 +1,7 @@
 """What a report's page is made of; `page.html` says how each looks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from markupsafe import Markup
@@ -86,4 +86,4 @@ class Page:
 
     title: str
     subtitle: str
-    sections: Sequence[Section] = field(default_factory=tuple)
+    sections: Sequence[Section]

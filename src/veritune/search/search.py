@@ -176,10 +176,10 @@ def work(
 
 def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progress: Progress) -> None:
     """Runs `settings.at_once` workers as processes of this machine, and waits for them."""
-    context = multiprocessing.get_context("spawn")
+    context, count = multiprocessing.get_context("spawn"), one_or_more(board)
     one = replace(board.settings, at_once=1)
-    arguments = (shared_out(run, one_or_more(board)), one, board.axes, board.folder, same, rows, os.getpid())
-    workers = [context.Process(target=child, args=arguments, name=f"worker {i}") for i in range(one_or_more(board))]
+    arguments = (shared_out(run, count), one, board.axes, board.folder, same, rows, os.getpid())
+    workers = [context.Process(target=child, args=arguments, name=f"worker {i}") for i in range(count)]
     with stoppable():
         try:
             for process in workers:
@@ -203,10 +203,8 @@ def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progres
     progress.look()
     trials = board.trials()
     if any(not trial.state.is_finished() for trial in trials) or len(trials) < board.settings.trials:
-        if any(process.exitcode == NO_MEMORY for process in workers):
-            work(
-                board, run, rows, Desk(), lambda: None, progress.look, alone=True
-            )  # alone on the device, or not at all
+        if any(process.exitcode == NO_MEMORY for process in workers):  # alone on the device, or not at all
+            work(board, run, rows, Desk(), lambda: None, progress.look, alone=True)
         elif all(process.exitcode == STOPPED for process in workers):  # each by a signal
             raise KeyboardInterrupt
         else:
