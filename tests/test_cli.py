@@ -101,6 +101,25 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
+    ("verb", "shows"),
+    [
+        ("prepare", ["of questions that hold at most a quarter of the rows", "hf:// datasets. (required)"]),
+        ("evaluate", ["and with it the verdict at 0.5, is then for that share"]),
+        ("report", ["one sweep's folder. (required)"]),
+        ("train", ["where the GPU or CPU multiplies in it, else fp32"]),
+        ("sweep", ["name of sweep.out, as one more worker", "where the GPU or CPU multiplies in it, else fp32"]),
+    ],
+)
+def test_help_tells_a_meaning_in_one_paragraph(
+    verb: str, shows: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert run([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [text for text in shows if text not in out] == []
+
+
+@pytest.mark.parametrize(
     ("args", "shows"),
     [(["--help"], "veritune train RUN.toml"), (["--help"], "AUROC, Brier, log loss"), (["--version"], __version__)],
 )

@@ -8,17 +8,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from . import __version__, config
-from .errors import ConfigError, MissingError, VerituneError, first_line
-from .flags import check, names, parse, run_file, several
+from .errors import ConfigError, MissingError, VerituneError, first_line, refused
+from .flags import check, names, paragraphs, parse, run_file, several
 from .redact import redact
 from .suggest import did_you_mean, nearest
 from .training.session import explained, interrupt
@@ -42,21 +43,23 @@ USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier 
 `veritune VERB --help` explains a verb and all its settings.
 """
 
+REQUIRED = "(required)"  # tyro takes a list for one that may be empty
+Sources = Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="SOURCE...", help_behavior_hint=REQUIRED)]
 Adapter = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
 # Of several GPUs' processes the first talks, and each machine's first says what went wrong. A pipe has no width.
 console = Console(quiet=os.environ.get("RANK", "0") != "0", width=None if sys.stdout.isatty() else 1000)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, config=config.STRICT)
 class UseSettings:
     """How an adapter is used."""
 
     model: str | None = None
     """Where the base model is, if it has moved."""
     base: Literal["auto", "fp32", "bf16", "nf4", "fp8"] = "auto"
-    """Precision of the base model; auto is the one it was trained with."""
+    """Precision of the base model. auto: as in training, but fp32 for bf16 where there are no bf16 products."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Where to compute. auto: on a CUDA GPU if there is one."""
     share: float | None = None
     """Of these solutions, how many you think are correct, such as 0.7: P(correct), and with it the verdict at 0.5, is
     then for that share. Without it they are for train's, by default half."""
@@ -64,10 +67,11 @@ class UseSettings:
 
 
 How = Annotated[UseSettings, tyro.conf.arg(name="")]
+USUAL = UseSettings()
 
 
 def prepare(
-    sources: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="SOURCE...")],
+    sources: Sources,
     out: Path,
     settings: Annotated[config.Prepare, tyro.conf.arg(name="")],
 ) -> None:
@@ -152,7 +156,7 @@ def evaluate(
     by: tuple[str, ...] = (),
     baseline: bool = False,
     out: Path | None = None,
-    how: How = UseSettings(),
+    how: How = USUAL,
 ) -> None:
     """Measures an adapter on labelled rows it has not seen.
 
@@ -182,9 +186,7 @@ def evaluate(
         say(console, note)
     verifier = load_verifier(adapter, how, merge=False if baseline else None)
     scores = evaluation.score_frame(verifier.score_rows, rows, console)
-    plain = None
-    if baseline:
-        plain = evaluation.score_frame(verifier.without_adapter().score_rows, rows, console)
+    plain = evaluation.score_frame(verifier.without_adapter().score_rows, rows, console) if baseline else None
     result = evaluation.evaluate(
         frame, scores, plain, by, columns=how.columns, where=str(data), share=how.share,
         train_share=verifier.train_share,
@@ -199,7 +201,7 @@ def score(
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")],
     out: Path,
     overwrite: bool = False,
-    how: How = UseSettings(),
+    how: How = USUAL,
 ) -> None:
     """Adds `p_correct` and `verdict` to a file's rows; goes on where an earlier run stopped.
 
@@ -222,7 +224,7 @@ def submit(
     out: Path,
     sample: Path | None = None,
     overwrite: bool = False,
-    how: How = UseSettings(),
+    how: How = USUAL,
 ) -> None:
     """Writes `ID,is_correct` for every row of a test file, checked against the competition's sample.
 
@@ -276,7 +278,7 @@ def watch(run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN"
 
 
 def report(
-    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="RUN...")],
+    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="RUN...", help_behavior_hint=REQUIRED)],
     out: Path,
     data: Path | None = None,
     price: float | None = None,
@@ -367,13 +369,12 @@ def run(argv: Sequence[str]) -> int:
             VERBS[name](args)
         else:
             check(args, names(VERBS[name]), f"veritune {name}")
+            paragraphs(VERBS[name])
             tyro.cli(VERBS[name], args=args, prog=f"veritune {name}")
     except SystemExit as end:  # tyro's, after a help text or flags that it has explained
         return end.code if isinstance(end.code, int) else 2
     except ValidationError as error:
-        return fail(
-            "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg'].lower()}" for e in error.errors())
-        )
+        return fail("; ".join(map(refused, error.errors())))
     except VerituneError as error:
         return fail(str(error))
     except RuntimeError as error:

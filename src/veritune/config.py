@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from .errors import ConfigError, MissingError
+from .errors import ConfigError, MissingError, refused
 from .redact import holds_secret
 from .suggest import did_you_mean, nearest
 from .sweepkeys import Place, Sweep, tables
@@ -98,8 +98,8 @@ class Train:
     lr: Annotated[float, Field(gt=0)] = 2e-4
     """The highest learning rate of the schedule."""
     optimizer: Optimizer = "adamw_torch"
-    """adamw_torch keeps 32-bit state; the 8-bit ones come from bitsandbytes; paged state can move to
-    the host."""
+    """adamw_torch: torch's, with 32-bit state. The others are bitsandbytes': adamw_8bit and lion_8bit with 8-bit state,
+    and paged_adamw_32bit, whose 32-bit state can move to the host. lion_8bit wants an lr several times smaller."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after warm-up. wsd: constant, then linear to 0 over the last `decay_ratio`."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -356,16 +356,17 @@ def _explain(cls: Any, item: Any, beside: Sequence[str]) -> str:
         return f"{key!r} is not set"
     if item["type"] == "too_short":
         return f"{key} is empty: write one name at least, such as q_proj; without {key} its default stands"
-    return f"{key} = {item['input']!r}: {item['msg'].lower()}"
+    return refused(item)
 
 
 def read_run(path: Path, out: str | None = None) -> Run:
-    """Reads a run file. out: the run's folder where the file names none, since a flag does."""
+    """Reads a run file. out: the run's folder where the file names none, since a flag does. Raises as `read_sweep`."""
     return read_sweep(path, out)[0]
 
 
 def read_sweep(path: Path, out: str | None = None) -> tuple[Run, Sweep, dict[str, Any]]:
-    """Reads a run file: the run, how to search around it, and the content of its `[sweep.space]`, unchecked."""
+    """Reads a run file: the run, how to search around it, and the content of its `[sweep.space]`, unchecked. Raises
+    MissingError or ConfigError."""
     values = {**({} if out is None else {"out": out}), **read_toml(path)}
     searched = values.pop("sweep", {})
     space = searched.pop("space", {}) if isinstance(searched, dict) else {}

@@ -3,6 +3,9 @@
 The command line prints `str(error)` and exits with 2: a message says what was wrong, where, and what to do.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class VerituneError(Exception):
     """Base of every expected failure."""
@@ -14,6 +17,11 @@ class VerituneError(Exception):
 def first_line(error: Exception) -> str:
     """What another library's error says, in a line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refused(item: Mapping[str, Any]) -> str:
+    """What pydantic says of a value, in a line; item: one of a ValidationError's `errors()`."""
+    return f"{'.'.join(map(str, item['loc']))} = {item['input']!r}: {item['msg'].lower()}"
 
 
 class ConfigError(VerituneError, ValueError):

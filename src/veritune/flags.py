@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
@@ -27,6 +28,7 @@ def parse(cls: type[T], args: Sequence[str], default: T | None, *, prog: str, de
     """
     options: dict[str, Any] = {"prog": prog, "description": description}
     if any(arg in HELP for arg in args):
+        paragraphs(cls)
         tyro.cli(cls, args=list(args), default=tyro.MISSING_NONPROP if default is None else default, **options)
     check(args, names(cls), prog)
     for listed in tables(cls):
@@ -102,13 +104,8 @@ def needs_run_file(verb: str, otherwise: str = "") -> ConfigError:
 
 def names(what: Any, prefix: str = "") -> list[str]:
     """The flags of a settings class or a function, with underscores and without dashes before them."""
-    if dataclasses.is_dataclass(what):
-        found = [(item.name, item.type) for item in dataclasses.fields(what)]
-    else:
-        found = [(name, it.annotation) for name, it in inspect.signature(what).parameters.items()]
     out: list[str] = []
-    for name, kind in found:
-        plain, marks = (get_args(kind)[0], get_args(kind)[1:]) if get_origin(kind) is Annotated else (kind, ())
+    for name, plain, marks in _items(what):
         if dataclasses.is_dataclass(plain):
             out += names(
                 plain, prefix if any(getattr(mark, "name", None) == "" for mark in marks) else f"{prefix}{name}."
@@ -118,6 +115,29 @@ def names(what: Any, prefix: str = "") -> list[str]:
             if plain is bool:
                 out.append(f"{prefix}no_{name}")
     return out
+
+
+def _items(what: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, type and tyro's marks of each setting of a class or parameter of a function."""
+    if dataclasses.is_dataclass(what):
+        found = [(item.name, item.type) for item in dataclasses.fields(what)]
+    else:
+        found = [(name, it.annotation) for name, it in inspect.signature(what).parameters.items()]
+    split = ((name, get_args(kind) if get_origin(kind) is Annotated else (kind,)) for name, kind in found)
+    return [(name, plain, tuple(marks)) for name, (plain, *marks) in split]
+
+
+def paragraphs(what: Any) -> None:
+    """Has the help text of a settings class or a function tell each setting's meaning in one paragraph: by itself tyro
+    breaks it where the source does."""
+    cls: Any = what
+    for item in dataclasses.fields(cls) if dataclasses.is_dataclass(what) else ():
+        found = (vars(base).get("__pydantic_fields__", {}).get(item.name) for base in cls.__mro__)
+        text = next((about.description for about in found if about and about.description), "")
+        item.metadata = MappingProxyType({"help": " ".join(text.split())} if text else {})
+    for _, kind, _ in _items(what):
+        if dataclasses.is_dataclass(kind):
+            paragraphs(kind)
 
 
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]

@@ -40,9 +40,9 @@ class Planned(config.Run):
     price: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     """What an hour costs."""
     gpu: str | None = None
-    """The card to plan memory and speed for, by default the one here."""
+    """The card to plan memory and speed for, such as h100, 4090 or t4; by default the one here."""
     gpu_memory: Annotated[float | None, Field(ge=1)] = None
-    """GiB of that card."""
+    """GiB of memory to plan for, in place of that card's."""
 
 
 def speed(told: Planned, expected: float | None = None) -> float | None:

@@ -56,8 +56,7 @@ def plot(
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Markup:
     """Series over one pair of axes. shades: stretches of x with a name, every second one shaded; marks: upright lines
-    with a name; diagonal: the line y = x; size: width and
-    height, WIDE for a chart as wide as the page."""
+    with a name; diagonal: the line y = x; size: width and height, WIDE for a chart as wide as the page."""
     all_y = [v for s in series for part in (s.y, s.low or (), s.high or ()) for v in part]
     x_low, x_high = x_range or span([v for s in series for v in s.x], log=log_x, pad=0.02)
     y_low, y_high = y_range or span(all_y, log=log_y)
