@@ -130,8 +130,9 @@ def write_folder(folder: Path, *, family: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
-def write_gguf(file: Path, *, seed: int = 0) -> Path:
-    """A GGUF of a random 2-layer Llama in Q4_0 and float32, with the byte-level tokenizer."""
+def write_gguf(file: Path, *, seed: int = 0, model: Any = None, scaling: str = "", factors: Any = None) -> Path:
+    """A GGUF of a random 2-layer Llama in Q4_0 and float32, with the byte-level tokenizer; or of a `model` of 2 layers,
+    as llama.cpp converts a Llama. scaling, factors: what it says of scaled positions."""
     import gguf
     import numpy as np
     from gguf import quants
@@ -159,9 +160,25 @@ def write_gguf(file: Path, *, seed: int = 0) -> Path:
     out.add_eos_token_id(2)
     out.add_pad_token_id(0)
     out.add_chat_template(CHAT)
+    if scaling:
+        out.add_string("llama.rope.scaling.type", scaling)
+    if factors is not None:
+        out.add_tensor("rope_freqs.weight", np.asarray(factors, dtype=np.float32))
     rng = np.random.default_rng(seed)
+    held = {}
+    if model is not None:
+        out.add_rope_freq_base(model.config.rope_parameters["rope_theta"])
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+        for name, value in model.state_dict().items():
+            held[f"{names.get_name(name.removesuffix('.weight'))}.weight"] = value.numpy()
 
     def put(name: str, *shape: int) -> None:
+        if held:
+            values = held[name]
+            if "attn_q" in name or "attn_k" in name:  # the halves that turn together stand beside each other there
+                values = values.reshape(-1, 2, hidden // heads // 2, hidden).swapaxes(1, 2).reshape(shape)
+            out.add_tensor(name, np.ascontiguousarray(values))
+            return
         values = rng.normal(0, 0.1, shape).astype(np.float32)
         if len(shape) == 1:
             out.add_tensor(name, values + 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import worked_text, write_gguf
+from tiny_models import byte_level, tiny, worked_text, write_gguf
 from torch import Tensor
 
 from veritune import config, durable
@@ -149,6 +149,31 @@ def test_what_is_no_gguf_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     for file in (tmp_path / "text.gguf", cut):
         with pytest.raises(ModelError, match="cannot be loaded"):
             base_of(file)
+    assert folders(cache) == []
+
+
+@pytest.mark.parametrize("factor", [None, 8.0, 32.0])
+def test_a_gguf_computes_what_its_model_does(tmp_path: Path, cache: Path, factor: float | None) -> None:
+    """Llama 3 scales positions, of which a GGUF tells by what each frequency is divided by."""
+    turns: dict[str, Any] = {"rope_type": "default", "rope_theta": 500_000.0}
+    tokenizer = byte_level(worked_text())
+    like = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+    plain = model = tiny("llama", rope_parameters=turns, **like)
+    if factor is not None:
+        model = tiny("llama", rope_parameters={**turns, **gguf.LLAMA3, "factor": factor}, **like)
+    factors = None if factor is None else plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
+    file = write_gguf(tmp_path / "a.gguf", model=model, factors=factors)
+    ids = torch.tensor(tokenizer(worked_text(9))["input_ids"][0] * 3)[None]
+    expected = model(input_ids=ids).logits
+    for _ in range(2):  # converted, then kept
+        assert torch.allclose(base_of(file).model(input_ids=ids).logits, expected, atol=1e-5)
+    assert (expected - plain(input_ids=ids).logits).abs().max() > 1e-2 or factor is None
+
+
+@pytest.mark.parametrize("told", [{"scaling": "yarn"}, {"factors": [2.0] * 8}])
+def test_a_scaling_that_is_not_read_is_refused(tmp_path: Path, cache: Path, told: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"its positions are scaled \((yarn|rope_freqs.weight)\).*hub id or folder"):
+        base_of(write_gguf(tmp_path / "a.gguf", **told))
     assert folders(cache) == []
 
 

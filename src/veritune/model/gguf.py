@@ -17,12 +17,24 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from gguf import GGUFReader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .. import durable
+from . import header
 
-FORMAT = 1
+FORMAT = 2
 VARIABLE = "VERITUNE_CACHE"
+FACTORS = "rope_freqs.weight"
+"""The tensor by which a GGUF tells of Llama 3's scaling of positions: what each frequency is divided by."""
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""That scaling as all of Llama 3.1 to 3.3 have it, but for its `factor`."""
 
 
 def cache_folder() -> Path | None:
@@ -41,9 +53,33 @@ def read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
     folder, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    if scaled := scaling(file, AutoConfig.from_pretrained(folder, gguf_file=name)):
+        options["config"] = scaled
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options)
     loaded[0].config.__dict__.pop("quantization_config", None)
     return loaded, tokenizer
+
+
+def scaling(file: Path, config: Any) -> Any:
+    """The configuration with the scaling of positions that transformers leaves out of a GGUF's; None if there is none.
+
+    Raises ValueError for another one than Llama 3's: the model would compute something else than the file is for.
+    """
+    values, tensors = header.read(file)
+    told = values.get(f"{values.get('general.architecture')}.rope.scaling.type", "none")
+    found = [told] if told != "none" else [name for name in tensors if name.startswith("rope_f")]
+    turns = getattr(config, "rope_parameters", None) or {}
+    every = [turns, *(turn for turn in turns.values() if isinstance(turn, dict))]
+    if not found or any(turn.get("rope_type", "default") != "default" for turn in every):
+        return None
+    if found == [FACTORS]:
+        factors = torch.tensor(next(tensor.data for tensor in GGUFReader(file).tensors if tensor.name == FACTORS))
+        plain = turns["rope_theta"] ** -(torch.arange(len(factors)) / len(factors))
+        config.rope_parameters = {**turns, **LLAMA3, "factor": float(factors.max())}
+        if torch.allclose(plain / ROPE_INIT_FUNCTIONS["llama3"](config)[0], factors, rtol=1e-3):
+            return config
+    raise ValueError(f"its positions are scaled ({found[0]}) in a way that is not read from a GGUF; name the model's "
+                     "hub id or folder instead")  # fmt: skip
 
 
 def content(file: Path) -> Any:
