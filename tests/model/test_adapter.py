@@ -125,6 +125,16 @@ def test_start_from_what_is_no_adapter(tiny_folder: Path, tmp_path: Path) -> Non
             adapter.add_adapter(base_at(tiny_folder), config.Lora(), seed=1, start_from=str(path))
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_is_no_model(tiny_folder: Path, folder: Path, tmp_path: Path, whole: bool) -> None:
+    """With a tokenizer beside it, as other trainers leave it, transformers loads the base and the adapter on it."""
+    copy = Path(shutil.copytree(folder, tmp_path / "adapter"))
+    if whole:
+        base_at(tiny_folder).tokenizer.save_pretrained(copy)
+    with pytest.raises(ModelError, match=r"it is an adapter; name its base model here, and .* train\.start_from"):
+        base_at(copy)
+
+
 # Nothing is loaded in part.
 
 

@@ -19,6 +19,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .. import config
 from ..errors import ConfigError, MissingError, ModelError, RoomError, first_line
@@ -115,6 +116,8 @@ def _load(
         hashed = gguf.content(local)
         return *_from_gguf(local, hashed, precision, device, say), hashed.hexdigest()[:16]
     name = str(local) if local.is_dir() else path
+    if find_adapter_config_file(name):  # transformers would load its base, and training put another in its place
+        raise ValueError("it is an adapter; name its base model here, and the adapter as train.start_from")
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = _from_folder(name, precision, device)
     return model, tokenizer, fingerprint(local if local.is_dir() else hub.folder(path))
