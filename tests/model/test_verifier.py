@@ -259,6 +259,12 @@ def test_an_adapter_that_rounding_would_take_is_not_merged(
             adapter.load_adapter(base, file.parent, merge=True)
 
 
+def test_an_adapter_is_not_merged_into_4_bits(folder: Path) -> None:
+    """What PEFT does there: scores were as far off as without the adapter."""
+    with pytest.raises(ModelError, match="cannot be merged: its base is held in 4 bits"):
+        loaded(folder, precision="nf4", merge=True)
+
+
 def test_an_adapter_on_a_tied_readout_is_not_merged(tmp_path: Path) -> None:
     tokenizer = byte_level(worked_text())
     model = tiny("llama", tie_word_embeddings=True, vocab_size=len(tokenizer), max_position_embeddings=1024)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import Linear
 
 KEPT = 0.95
@@ -15,6 +16,8 @@ def unmergeable(model: Any) -> str | None:
     embedding = model.get_input_embeddings()
     along = whole = 0.0
     for module in model.modules():
+        if isinstance(module, Linear4bit):
+            return "its base is held in 4 bits, and rounding to those would take most of it"
         if not isinstance(module, Linear):
             continue
         weight: Any = module.get_base_layer().weight
