@@ -1,6 +1,7 @@
 """Curves and tables of scores against scikit-learn and by hand; charts that hold whatever values they are given."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import polars as pl
@@ -73,6 +74,17 @@ def test_columns_that_tell_rows_apart() -> None:
     chosen = np.arange(400) % 4 == 1
     s1 = next(part for part in found["source"] if part.name == "s1")
     assert s1.figures["accuracy"] == pytest.approx(reference.accuracy_score(LABELS[chosen], P[chosen] >= 0.5))
+
+
+def test_a_column_of_texts_takes_the_memory_of_its_texts() -> None:
+    """One of 1 MB once took 4 MB for each row."""
+    frame = pl.DataFrame({"trace": [f"kind {i % 3}" for i in range(399)] + ["y" * 1_000_000]})
+    tracemalloc.start()
+    found = figures.by_column(frame, LABELS, P, GROUPS, resamples=0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [part.rows for part in found["trace"]] == [133, 133, 133, 1]
+    assert most < 50e6
 
 
 def test_the_most_wrong_rows() -> None:

@@ -188,11 +188,13 @@ def evaluate(
         result["baseline"] = figures(used, baseline)
         result["difference"] = {name: dataclasses.asdict(value) for name, value in difference.items()}
     for name in by:
-        values = np.array(_values(frame[name]))[used]
-        counts = Counter(values.tolist())
+        values = _values(frame[name])
+        rows_of: dict[str, list[int]] = {}
+        for row in used.tolist():
+            rows_of.setdefault(values[row], []).append(row)
         table = []
-        for value in sorted(counts, key=lambda value: (-counts[value], value)):
-            of = used[values == value]
+        for value in sorted(rows_of, key=lambda value: (-len(rows_of[value]), value)):
+            of = np.array(rows_of[value])
             entry = {"value": value, **figures(of, p_correct)}
             if baseline is not None:
                 entry["baseline"] = figures(of, baseline)

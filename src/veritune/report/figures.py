@@ -95,14 +95,18 @@ def by_column(
     for name in frame.columns:
         if name in known or frame[name].dtype not in (pl.String, pl.Categorical, pl.Boolean, pl.Int64, pl.Int32):
             continue
-        values = np.array(["(none)" if v is None else str(v) for v in frame[name].to_list()])
-        counts = Counter(values.tolist())
+        values = ["(none)" if v is None else str(v) for v in frame[name].to_list()]
+        counts = Counter(values)
         order = sorted(counts, key=lambda value: (-counts[value], value))
         if len(order) < 2 or counts[order[0]] < max(2, len(values) / 100):  # all alike, or all different
             continue
-        out[name] = [part(value, values == value, labels, p, groups, resamples) for value in order[:MOST_VALUES]]
-        if others := order[MOST_VALUES:]:
-            out[name].append(part(f"({len(others):,} others)", np.isin(values, others), labels, p, groups, resamples))
+        # By their ranks: an array of texts takes for each row what the longest of them takes.
+        ranks = {value: rank for rank, value in enumerate(order)}
+        place = np.array([ranks[value] for value in values])
+        shown = order[:MOST_VALUES]
+        out[name] = [part(value, place == ranks[value], labels, p, groups, resamples) for value in shown]
+        if others := len(order) - len(shown):
+            out[name].append(part(f"({others:,} others)", place >= MOST_VALUES, labels, p, groups, resamples))
     if "solution" in frame.columns:
         length = frame["solution"].str.len_chars().to_numpy()
         cuts = np.unique(np.quantile(length, [0, 0.2, 0.4, 0.6, 0.8, 1]).round().astype(int))
