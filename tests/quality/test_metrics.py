@@ -197,3 +197,29 @@ def test_two_thousand_draws_of_100k_rows_take_seconds():
     started = time.process_time()
     metrics.measure(labels, p, groups)
     assert time.process_time() - started < 15
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_no_false_certainty_of_an_auroc_of_one_or_zero(better):
+    """Three questions with a correct solution, five with an incorrect one: three pairs that share no question."""
+    labels = np.array([True, True, True, False, True, False, False, False, False])
+    groups = np.array([0, 0, 0, 0, 1, 2, 3, 4, 5])
+    labels[-1] = True
+    p = np.where(labels == better, 0.4, 0.3) + np.arange(9) / 100
+    edge = 0.025 ** (1 / 3)
+    assert metrics.auroc(labels, p) == better
+    assert metrics.intervals(labels, p, groups)["auroc"] == pytest.approx((edge, 1) if better else (0, 1 - edge))
+
+
+def test_intervals_of_ten_questions_hold_an_auroc_near_one():
+    rng = np.random.default_rng(0)
+
+    def some(questions):
+        labels = rng.random(questions * 4) < 0.6
+        groups = np.arange(questions * 4) // 4
+        x = rng.normal(0, 0.7, questions)[groups] + 4.5 * labels + rng.normal(0, 1, len(labels))
+        return labels, 1 / (1 + np.exp(2.2 - x)), groups
+
+    truth = metrics.auroc(*some(40_000)[:2])
+    found = [metrics.intervals(*some(10), resamples=100)["auroc"] for _ in range(200)]
+    assert np.mean([low <= truth <= high for low, high in found]) > 0.9

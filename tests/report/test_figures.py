@@ -48,6 +48,14 @@ def test_reliability_counts_every_row_once_and_its_interval_knows_questions() ->
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(share * (1 - share) / 49), rel=0.01)
 
 
+def test_a_tenth_whose_labels_are_alike_is_not_certain() -> None:
+    labels = np.array([True, True, True, False, True, False])
+    p = np.array([0.95, 0.95, 0.95, 0.15, 0.55, 0.55])
+    low, high = ([one[at] for one in figures.reliability(labels, p, np.array([0, 0, 1, 2, 3, 3]))] for at in (2, 3))
+    assert low == pytest.approx([0, 0, 0.025**0.5])  # one incorrect; one question with both; correct ones of two
+    assert high == pytest.approx([0.975, 1, 1])
+
+
 def test_histograms_hold_every_row() -> None:
     edges, right, wrong = figures.histogram(LABELS, P)
     assert len(edges) == len(right) + 1

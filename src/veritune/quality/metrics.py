@@ -148,8 +148,9 @@ def intervals(
     """95 % intervals of `accuracy` and `auroc`: percentiles over `resamples` draws of G questions with replacement.
 
     The cluster bootstrap (Field & Welsh 2007). None where the rows allow no interval: under two questions, or, for
-    AUROC, one label. Where accuracy is exactly 0 or 1 the draws do not differ, and the interval is Clopper and
-    Pearson's (1934) for G questions, each counted once.
+    AUROC, one label. Where a figure is exactly 0 or 1 the draws do not differ, and the interval is Clopper and
+    Pearson's (1934): accuracy's for G questions, each counted once; AUROC's for as many pairs of a correct and an
+    incorrect solution as there are with no question in two of them.
     """
     right = verdicts(p) == labels
     if not len(p):
@@ -163,9 +164,16 @@ def intervals(
     questions = int(groups.max()) + 1
     out = {name: _percentiles(values) if questions > 1 else None for name, values in draws.items()}
     if right.all() or not right.any():
-        edge = ((1 - LEVEL) / 2) ** (1 / questions)
-        out["accuracy"] = (edge, 1.0) if right.all() else (0.0, 1 - edge)
+        out["accuracy"] = at_edge(bool(right[0]), questions)
+    if area and questions > 1 and (value := auroc(labels, p)) in (0, 1):
+        out["auroc"] = at_edge(value == 1, min(len(np.unique(groups[kind])) for kind in (labels, ~labels)))
     return out
+
+
+def at_edge(all_hit: bool, count: int) -> tuple[float, float]:
+    """Clopper and Pearson's 95 % interval of a share where all of `count` draws hit, or none."""
+    edge = ((1 - LEVEL) / 2) ** (1 / count)
+    return (edge, 1.0) if all_hit else (0.0, 1 - edge)
 
 
 @dataclass(frozen=True)

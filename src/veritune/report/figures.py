@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..quality.metrics import Bools, Floats, Ints, group_ids, intervals, point, verdicts
+from ..quality.metrics import Bools, Floats, Ints, at_edge, group_ids, intervals, point, verdicts
 
 BINS = 20
 RELIABILITY_BINS = 10
@@ -27,7 +27,8 @@ def reliability(labels: Bools, p: Floats, groups: Ints) -> list[tuple[float, flo
     """For each tenth of [0, 1] that holds rows: mean P(correct), the share that is correct, a 95 % interval of that
     share over questions, and the rows.
 
-    The interval is the normal one with the cluster-robust variance of a ratio, clipped to [0, 1].
+    The interval is the normal one with the cluster-robust variance of a ratio, clipped to [0, 1]; where all labels of a
+    tenth are alike, Clopper and Pearson's for its questions, each counted once; of one question with both, all of it.
     """
     out = []
     bins = np.clip((p * RELIABILITY_BINS).astype(int), 0, RELIABILITY_BINS - 1)
@@ -36,10 +37,16 @@ def reliability(labels: Bools, p: Floats, groups: Ints) -> list[tuple[float, flo
         if not chosen.any():
             continue
         share, count = float(labels[chosen].mean()), int(chosen.sum())
-        off = np.bincount(groups[chosen], weights=labels[chosen] - share)
         many = len(np.unique(groups[chosen]))
-        width = 1.96 * float(np.sqrt((off**2).sum() * many / max(many - 1, 1))) / count
-        out.append((float(p[chosen].mean()), share, max(0.0, share - width), min(1.0, share + width), count))
+        if share in (0, 1):
+            low, high = at_edge(share == 1, many)
+        elif many == 1:
+            low, high = 0.0, 1.0
+        else:
+            off = np.bincount(groups[chosen], weights=labels[chosen] - share)
+            width = 1.96 * float(np.sqrt((off**2).sum() * many / (many - 1))) / count
+            low, high = max(0.0, share - width), min(1.0, share + width)
+        out.append((float(p[chosen].mean()), share, low, high, count))
     return out
 
 
