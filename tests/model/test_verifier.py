@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from veritune import config
 from veritune.data.generate import generate
-from veritune.errors import ConfigError, MissingError, ModelError
+from veritune.errors import ConfigError, DataError, MissingError, ModelError
 from veritune.model import adapter, load, self_check
 from veritune.model.adapter import ABOUT
 from veritune.model.verdict import at_share
@@ -77,6 +77,24 @@ def test_score_of_one_question(verifier: Verifier, rows: tuple[list[str], list[s
     p = verifier.score(questions[0], solutions[:4])
     assert p.tolist() == pytest.approx(verifier.score_rows(questions, solutions)[:4].tolist(), abs=1e-4)
     assert verifier.score(questions[0], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("questions", "solutions", "message"),
+    [
+        (["q", "q"], ["a", None], r"solutions\[1\] is not text: None"),
+        ([float("nan")], ["a"], r"questions\[0\] is not text: nan"),
+        ([["q"]], ["a"], r"questions\[0\] is not text: \['q'\]"),
+        (["q"] * 3, "abc", "solutions is one text, which would be taken letter by letter"),
+        (["q"], ["a", "b"], "1 questions and 2 solutions"),
+        (["q"], ["a\ud800b"], "not valid Unicode"),
+    ],
+)
+def test_what_is_not_two_lists_of_texts(verifier: Verifier, questions: Any, solutions: Any, message: str) -> None:
+    for scorer in (verifier, verifier.without_adapter()):
+        with pytest.raises(DataError, match=message):
+            scorer.score_rows(questions, solutions)
+    assert len(verifier.score_rows(np.array(["q", "r"]), np.array(["a", "b"]))) == 2  # pyright: ignore[reportArgumentType]
 
 
 def test_progress_counts_every_row(verifier: Verifier, rows: tuple[list[str], list[str]]) -> None:

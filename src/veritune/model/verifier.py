@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from .. import config
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..tokens.encode import Encoder, encoder
 from ..tokens.prompt import check_answers
 from ..tokens.trie import build, split
@@ -140,8 +140,10 @@ class Verifier:
         """P(correct) of each row, float64 [rows], in their order. `progress` is told of newly scored rows.
 
         A score does not depend on the rows beside it, but for rounding. On a GPU, who scores for a minute is taken to
-        have more to score: layers are then compiled.
+        have more to score: layers are then compiled. Raises DataError for what are not two lists of texts, of one
+        length.
         """
+        _check_texts(questions, solutions)
         if len(questions) and self.pace.seconds > COMPILE_AFTER:
             self.compile(questions, solutions)
         started = time.perf_counter()
@@ -188,8 +190,20 @@ class Baseline:
     def score_rows(
         self, questions: Sequence[str], solutions: Sequence[str], progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
+        _check_texts(questions, solutions)
         with self.verifier.model.disable_adapter(), uncompiled(self.verifier.model):
             return self.verifier._scores(questions, solutions, progress)
+
+
+def _check_texts(questions: Sequence[str], solutions: Sequence[str]) -> None:
+    for name, texts in (("questions", questions), ("solutions", solutions)):
+        if isinstance(texts, str):
+            raise DataError(f"{name} is one text, which would be taken letter by letter; give a list of texts")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"{name}[{number}] is not text: {text!r:.80}")
+    if len(questions) != len(solutions):
+        raise DataError(f"there are {len(questions):,} questions and {len(solutions):,} solutions")
 
 
 def score_ids(
