@@ -135,6 +135,21 @@ def test_an_adapter_is_no_model(tiny_folder: Path, folder: Path, tmp_path: Path,
         base_at(copy)
 
 
+def test_tensors_that_a_model_has_no_place_for_are_told(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bias that the configuration does not know, say: the model computes something else than was trained."""
+    copy = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    name = "model.layers.0.self_attn.q_proj.bias"
+    held = load_file(copy / "model.safetensors") | {name: torch.ones(64)}
+    save_file(held, copy / "model.safetensors", metadata={"format": "pt"})
+    base_at(copy)
+    told = f"{copy}: 1 tensors of its files have no place in the model and are left out, {name} for one\n"
+    assert capsys.readouterr().err == told
+    base_at(tiny_folder)
+    assert capsys.readouterr().err == ""
+
+
 # Nothing is loaded in part.
 
 

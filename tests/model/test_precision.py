@@ -67,7 +67,7 @@ def test_an_fp8_model_trains_and_saves_an_adapter_like_any_other(changes):
 @pytest.fixture
 def nf4(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
-    model = load._from_folder(str(tmp_path), "nf4", torch.device("cpu")).requires_grad_(False).eval()
+    model = load._from_folder(str(tmp_path), "nf4", torch.device("cpu"), print).requires_grad_(False).eval()
     return adapter.add_adapter(load.Base(model, None, torch.device("cpu"), "nf4", "tiny"), config.Lora(rank=4), seed=0)
 
 

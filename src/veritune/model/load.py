@@ -119,7 +119,7 @@ def _load(
     if find_adapter_config_file(name):  # transformers would load its base, and training put another in its place
         raise ValueError("it is an adapter; name its base model here, and the adapter as train.start_from")
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = _from_folder(name, precision, device)
+    model = _from_folder(name, precision, device, say)
     return model, tokenizer, fingerprint(local if local.is_dir() else hub.folder(path))
 
 
@@ -141,7 +141,7 @@ def fingerprint(folder: Path | None) -> str | None:
     return digest.hexdigest()[:16] if files else None
 
 
-def _from_folder(name: str, precision: str, device: torch.device) -> Any:
+def _from_folder(name: str, precision: str, device: torch.device, say: Callable[[str], None]) -> Any:
     options: dict[str, Any] = {"dtype": DTYPES[precision], "device_map": {"": device}}
     if precision == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -150,7 +150,10 @@ def _from_folder(name: str, precision: str, device: torch.device) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model = _whole(AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    model = _whole(loaded)
+    if left := sorted(loaded[1]["unexpected_keys"]):
+        say(f"{name}: {len(left)} tensors of its files have no place in the model and are left out, {left[0]} for one")
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with bf16 products it would repack its weights in the first pass without gradients, for a kernel
@@ -165,13 +168,13 @@ def _from_gguf(
     """A GGUF's weights, dequantised. transformers refuses GGUF and NF4 at once, so NF4 goes through a saved folder."""
     found = gguf.kept(file, hashed, DTYPES[precision], _whole, say)
     if isinstance(found, Path):
-        return _from_folder(str(found), precision, device), AutoTokenizer.from_pretrained(str(found))
+        return _from_folder(str(found), precision, device, say), AutoTokenizer.from_pretrained(str(found))
     model, tokenizer = found
     if precision != "nf4":
         return model.to(device), tokenizer
     with tempfile.TemporaryDirectory(prefix="veritune-gguf-") as scratch:
         model.save_pretrained(scratch)
-        return _from_folder(scratch, precision, device), tokenizer
+        return _from_folder(scratch, precision, device, say), tokenizer
 
 
 def _whole(loaded: Any) -> Any:
