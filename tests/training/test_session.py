@@ -2,8 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
@@ -91,6 +95,32 @@ def test_while_it_trains_a_signal_waits_for_the_loop_to_ask() -> None:
             it.check()
         it.heard()
         assert 23 < it.patience < 25
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *unused: None], ids=["nohup", "terminal"])
+def test_a_terminal_that_closes_asks_to_stop_unless_nohup_has_that_ignored(handler: Any) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with session() as it:
+            it.training = True
+            send(signal.SIGHUP)
+            idle(0.2)
+            with nullcontext() if handler is signal.SIG_IGN else pytest.raises(Stop, match="SIGHUP"):
+                it.check()
+            it.heard()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_several_processes_under_nohup_outlive_their_terminal() -> None:
+    code = """
+import os, signal, threading
+from veritune.training.launch import launch
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGHUP)).start()
+raise SystemExit(launch(2, ["schema", "--out", os.devnull]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_where_the_loop_does_not_ask_it_is_stopped_but_never_inside_a_whole_block(

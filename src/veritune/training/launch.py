@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .session import asking
+
 STORE = "VERITUNE_STORE"
 """The environment variable with the file through which the processes find each other."""
 GRACE = 30.0
@@ -22,8 +24,8 @@ GRACE = 30.0
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Runs `veritune ARGUMENTS` in `count` processes and returns the exit code of the run.
 
-    A signal (SIGINT, SIGTERM, SIGHUP as SIGTERM) is handed on to all. When a process fails, the others are ended; the
-    code is that of the first to fail, or 2, with a line on standard error, if it was killed.
+    A signal (SIGINT, SIGTERM, SIGHUP as SIGTERM unless it is ignored) is handed on to all. When a process fails, the
+    others are ended; the code is that of the first to fail, or 2, with a line on standard error, if it was killed.
     """
     with tempfile.TemporaryDirectory(prefix="veritune-ranks-") as folder:
         ranks: list[subprocess.Popen[bytes]] = []
@@ -34,8 +36,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             for process in ranks:
                 process.send_signal(asked[-1])
 
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, hand_on) for number in handled}
+        before = {number: signal.signal(number, hand_on) for number in asking()}
         try:
             for rank in range(count):
                 ranks.append(_start(rank, count, Path(folder) / "store", arguments))

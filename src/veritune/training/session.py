@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -143,6 +144,14 @@ class Session:
             raise Stop(self.reason)
 
 
+def asking() -> list[int]:
+    """The signals that ask a run to save and stop; that of a terminal which closes too, unless nohup has it ignored."""
+    asked: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    return asked
+
+
 def quit_at_once() -> None:
     """Ends the process without waiting for anything, and gives the terminal its cursor back."""
     with suppress(Exception):
@@ -161,7 +170,7 @@ def session(hours: float | None = None) -> Iterator[Session]:
     if threading.current_thread() is not threading.main_thread():
         yield current
         return
-    handlers = {signal.SIGINT: current._ask, signal.SIGTERM: current._ask}
+    handlers: dict[int, Any] = dict.fromkeys(asking(), current._ask)
     if hasattr(signal, "setitimer"):
         handlers[signal.SIGALRM] = current._insist
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
