@@ -11,12 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
+from rich.console import Console
 from runs import assert_same, checkpoints, copied_until, losses, metrics, prepared, settings, tensors, trained
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level, tiny, worked_text
@@ -31,7 +33,7 @@ from veritune.model.verifier import Verifier
 from veritune.quality.metrics import log_loss, measure
 from veritune.report import folder
 from veritune.tokens.trie import build
-from veritune.training import checkpoint, progress, trainer
+from veritune.training import checkpoint, progress, status, trainer
 from veritune.training import plan as plans
 from veritune.training import step as steps
 from veritune.training.feed import Micro, Rows
@@ -522,3 +524,18 @@ def test_two_processes_cannot_train_one_run_at_once(data: Path, tiny_folder: Pat
     assert not (tmp_path / "run").exists()
     trained(run)
     assert (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_a_run_whose_terminal_is_gone_goes_on_to_its_end(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    run = settings(tmp_path / "run", data, tiny_folder, validation={"every": 2})
+    reader, terminal = os.openpty()
+
+    def leave(state: trainer.Training, step: int, values: dict[str, Any]) -> None:
+        if step == 1:
+            os.close(reader)
+
+    with suppress(OSError), os.fdopen(terminal, "w") as file:  # closing it writes what it could not
+        trainer.train(run, Console(file=file), watch=leave)
+    assert len(losses(tmp_path / "run")) == 6
+    assert status.read(tmp_path / "run")["sessions"][-1]["state"] == "finished"

@@ -1,5 +1,7 @@
 """What a person sees while a run trains: the plan before it, one moving line, a line for each validation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -9,6 +11,22 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .state import Training
+
+
+@contextmanager
+def unread(console: Console) -> Iterator[None]:
+    """Around what prints while a run trains: where nobody can read it any more (a closed terminal, a pipe whose reader
+    has ended), the console is silent from there on and the run goes on."""
+    try:
+        yield
+    except (OSError, SystemExit):  # the latter is rich's, for a pipe
+        console.quiet = True
+
+
+def say(console: Console, text: str) -> None:
+    """A plain line above the bar."""
+    with unread(console):
+        console.out(text, highlight=False)
 
 
 def show_plan(console: Console, state: "Training", done: int) -> None:
@@ -68,7 +86,8 @@ class Display:
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        self._bar.stop()
+        with unread(self._console):
+            self._bar.stop()
 
     def step(self, done: int, loss: float, rows: int, seconds: float) -> None:
         """After each step: its loss, rows and time."""
@@ -76,20 +95,22 @@ class Display:
         speed = rows / max(seconds, 1e-9)
         self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
         note = f"loss {self._loss:.3f}  {self._speed:,.1f} rows/s"
-        self._bar.update(self._task, completed=done, note=note)
-        if not self._console.is_terminal and (done % 50 == 0 or done == self._steps):
-            left = (self._steps - done) * rows / self._speed
-            self._console.print(f"step {done:,}/{self._steps:,}  {note}  {left / 60:.1f} min left", highlight=False)
+        with unread(self._console):
+            self._bar.update(self._task, completed=done, note=note)
+            if not self._console.is_terminal and (done % 50 == 0 or done == self._steps):
+                left = (self._steps - done) * rows / self._speed
+                self._console.print(f"step {done:,}/{self._steps:,}  {note}  {left / 60:.1f} min left", highlight=False)
 
     def validation(self, done: int, quality: dict[str, Any]) -> None:
         """After each validation: its figures."""
         low_high = quality["accuracy_interval"]
         interval = f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
-        self._console.print(
-            f"step {done:,}: on {quality['rows']:,} held-out rows accuracy {quality['accuracy']:.3f}{interval}, "
-            f"AUROC {quality['auroc']:.3f}, loss {quality['loss']:.3f}",
-            highlight=False,
-        )
+        with unread(self._console):
+            self._console.print(
+                f"step {done:,}: on {quality['rows']:,} held-out rows accuracy {quality['accuracy']:.3f}{interval}, "
+                f"AUROC {quality['auroc']:.3f}, loss {quality['loss']:.3f}",
+                highlight=False,
+            )
 
     def probes(self, found: dict[str, Any], forgetting: dict[str, Any]) -> None:
         """After each phase: what is left of each slice."""
@@ -99,10 +120,10 @@ class Display:
         ]
         left = forgetting["average_forgetting"]["trained"]
         told = "" if left is None else f"; forgotten on average {left:+.3f}"
-        self._console.print(
-            f"after {found['phase']}, accuracy by slice: {', '.join(shown)}{told}", highlight=False, markup=False
-        )
+        text = f"after {found['phase']}, accuracy by slice: {', '.join(shown)}{told}"
+        with unread(self._console):
+            self._console.print(text, highlight=False, markup=False)
 
     def say(self, text: str) -> None:
         """A plain line above the bar."""
-        self._console.out(text, highlight=False)
+        say(self._console, text)

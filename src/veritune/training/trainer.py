@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..trackers.follow import check, following
 from . import distributed, runfolder, status
 from . import plan as plans
 from .checkpoint import Saved, Saver, load_latest, publish, settle
-from .display import Display, show_plan
+from .display import Display, say, show_plan
 from .feed import ahead, read
 from .fetch import fetch
 from .measure import probe, validate, write_forgetting
@@ -104,15 +105,16 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
         console.out(f"validation is on {rows:,} rows, before on {before:,}: the next one is the best", highlight=False)
     state.saved = (at.done, at.validated)
     show_plan(console, state, at.done)
+    tell = partial(say, console)
     tracker: Any = distributed.Nobody()
     saver: Any = distributed.Nobody()
     about, shown = nullcontext(), nullcontext()
     if world.first:
         tracker = Tracker(folder / "metrics.jsonl", from_step=at.done, validated=at.validated)
-        saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, replica=replica, run=folder, warn=console.out)
+        saver = Saver(folder / "checkpoints", keep=run.checkpoint.keep, replica=replica, run=folder, warn=tell)
         trained = sum(p.numel() for p in state.parameters)
         about = status.running(folder, state.plan, state.base.device, step=at.done, parameters=trained)
-        shown = following(run, folder, console.out)
+        shown = following(run, folder, tell)
     try:
         if at.best_quality:  # best/ may be missing, or of a step that a killed session had done since
             save_adapter(state, folder / "best", at.best_step, at.best_quality, state.best)
