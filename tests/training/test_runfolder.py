@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from runs import checkpoints, losses, prepared, settings, trained
-from tiny_models import write_folder
+from tiny_models import byte_level, worked_text, write_folder
 
 from veritune import config
 from veritune.data.generate import generate
@@ -122,6 +122,21 @@ def test_other_weights_under_the_same_path_are_refused(tiny_folder: Path, tmp_pa
         trained(settings(copied, data, tiny_folder))
     trained(settings(copied, data, model))
     assert json.loads((copied / "run.json").read_text())["resolved"]["model.weights"]
+
+
+def test_another_tokenizer_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """With the same weights, as where a hub's repository has changed: rows would be other tokens from then on."""
+    data = prepared(generate(8, solutions_per_question=4, seed=1), tmp_path / "d", 8)
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    it = settings(tmp_path / "run", data, model)
+    trained(it)
+    byte_level(worked_text(), vocabulary=500).save_pretrained(model)
+    with pytest.raises(ConfigError, match=r"settings: model\.tokenizer was '\w+', is '\w+' \(the fingerprint of how"):
+        trained(it)
+    values = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert values["resolved"].pop("model.tokenizer")
+    runfolder.write_json(tmp_path / "run" / "run.json", values)
+    trained(it)  # a run of an earlier version, which did not look
 
 
 def test_a_finished_run_whose_metrics_were_deleted_is_finished_still(tiny_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ The fixed texts of the frame are read by the tokenizer as it is. Question and so
 added tokens, so that `<|im_end|>` in a solution is nine ordinary characters.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,13 @@ class Encoder:
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         self.known.update(zip(new, self._texts(new), strict=True))
         return [self.known[text] for text in texts]
+
+    def fingerprint(self, texts: Sequence[str]) -> str:
+        """16 hexadecimal digits that change with how any of these contents is read: by them a tokenizer is known."""
+        digest = hashlib.sha256()
+        for ids in self.texts(texts):
+            digest.update(b"%d " % len(ids) + ids.tobytes())
+        return digest.hexdigest()[:16]
 
     def _texts(self, texts: Sequence[str]) -> list[Ids]:
         try:

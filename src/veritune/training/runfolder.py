@@ -14,6 +14,8 @@ RUN = "run.json"
 ADAPTERS = ("adapter", "best")
 WEIGHTS = "model.weights"
 """The resolved value that stands in place of model.path: the fingerprint of the base's weights."""
+TOKENIZER = "model.tokenizer"
+"""The resolved value that tells how the tokenizer reads some of the held-out rows."""
 START = "train.start_from"
 """As a resolved value the fingerprint of the adapter that it names, if that is there."""
 # Settings that may change between two sessions of a run: none of them alters what is learnt, but for those that decide
@@ -79,6 +81,8 @@ def check(
     earlier, differing = differences(path, before, values)
     if WEIGHTS in differing:
         differing[WEIGHTS] += " (the fingerprint of what model.path names: it has changed, or is another model)"
+    if TOKENIZER in differing:
+        differing[TOKENIZER] += " (the fingerprint of how it reads rows: model.path has another tokenizer than before)"
     if START in differing:
         differing[START] += " (the fingerprint of the adapter that it names, if it is there)"
     ahead = all(key.startswith(AHEAD) for key in differing)
@@ -109,6 +113,8 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
         if WEIGHTS not in old:  # of an earlier version
             new.pop(WEIGHTS, None)
             new["model.path"] = values["settings"]["model"]["path"]
+        if TOKENIZER not in old:
+            new.pop(TOKENIZER, None)
         begun = values["settings"]["train"]["start_from"]
         if (earlier.train.start_from is None) != (begun is None):
             new[START] = begun

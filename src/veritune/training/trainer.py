@@ -33,6 +33,9 @@ from .setup import begun_from_nothing, prepare
 from .state import Training, Watch
 from .step import deterministic, fitting, update
 
+READ = 64
+"""Held-out rows by which a tokenizer is known."""
+
 
 def train(
     run: config.Run,
@@ -256,6 +259,8 @@ def decisive(state: Training) -> dict[str, Any]:
     """What decides the mathematics besides the settings: see `runfolder.start`."""
     found: dict[str, Any] = {"fingerprint": state.about.data, "precision": state.base.precision}
     found[runfolder.WEIGHTS] = state.base.weights or state.base.path
+    held = state.source.held
+    found[runfolder.TOKENIZER] = state.encoder.fingerprint([*held.questions[:READ], *held.solutions[:READ]])
     start = state.run.train.start_from
     if start and (weights := Path(start).expanduser() / adapter.WEIGHTS).is_file():
         found[runfolder.START] = file_hash(weights)[:16]
