@@ -30,7 +30,7 @@ def test_a_folder_in_which_nothing_was_saved_takes_other_settings(tmp_path: Path
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["train"]["lr"] == 1e-4
     for name in ("checkpoints/step-00000001", "best", "adapter"):
         (tmp_path / name).mkdir(parents=True)
-        with pytest.raises(ConfigError, match=r"train\.lr was 0\.0001, is 0\.001; fingerprint was 'b', is 'c'"):
+        with pytest.raises(ConfigError, match=r"lr was 0\.0001, is 0\.001; fingerprint was 'b', is 'c' \(of the"):
             start(tmp_path, {"fingerprint": "c"}, lr=1e-3)
         (tmp_path / name).rmdir()
 

@@ -29,6 +29,16 @@ FREE = ("out", "data.path", "model.path", "model.device", "validation.", "checkp
 # Settings that say what is still to be trained: they may change as far as nothing of what is done would be different.
 AHEAD = ("phases", "strategy.", "train.epochs", "data.rows")
 
+MEANS = {
+    "fingerprint": " (of the rows at data.path: they are others, or prepared otherwise. To train on with other rows, "
+    "begin another run with this one's adapter as train.start_from)",
+    "precision": " (of the base: 'auto' goes by the machine, so name the one it was as model.base)",
+    WEIGHTS: " (the fingerprint of what model.path names: it has changed, or is another model)",
+    TOKENIZER: " (the fingerprint of how it reads rows: model.path has another tokenizer than before)",
+    START: " (the fingerprint of the adapter that it names, if it is there)",
+}
+"""What is said of resolved values that differ."""
+
 WAY = ("precision", "model.device", "train.micro_batch_tokens", "train.compile", "processes")
 """Of the resolved values, those that say how the same run is computed: a machine and its memory may decide them."""
 
@@ -79,12 +89,7 @@ def check(
     setting: what leads to `path`.
     """
     earlier, differing = differences(path, before, values)
-    if WEIGHTS in differing:
-        differing[WEIGHTS] += " (the fingerprint of what model.path names: it has changed, or is another model)"
-    if TOKENIZER in differing:
-        differing[TOKENIZER] += " (the fingerprint of how it reads rows: model.path has another tokenizer than before)"
-    if START in differing:
-        differing[START] += " (the fingerprint of the adapter that it names, if it is there)"
+    differing = {key: text + MEANS.get(key, "") for key, text in differing.items()}
     ahead = all(key.startswith(AHEAD) for key in differing)
     if differing and not (ahead and same_so_far(earlier)):
         hint = ". With them, steps that are done would have been others" if ahead else ""
