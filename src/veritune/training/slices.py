@@ -16,7 +16,7 @@ from ..errors import ConfigError
 SLICES = 4
 """Slices where a strategy says nothing of their number or size."""
 HELD_OUT_PART = 0.1
-"""At most this part of a slice's rows is held out of training for its probe."""
+"""At most this part of a slice's rows is its probe, where that is held out of training; whole questions are."""
 CUT = ("slices", "ends", "slice_rows", "column", "presentations")
 READ = {
     "plain": (),
