@@ -95,6 +95,7 @@ def test_every_section_of_a_real_run_is_there(finished: Path, tmp_path: Path) ->
         f"{best['accuracy']:.3f}", f"{best['auroc']:.3f}", about.about["resolved"]["fingerprint"], "6 of 6",
         "veritune train run.toml", "at 3 an hour", "by solver", "length of the solution",
         "training, over the whole vocabulary", "validation, over the two answer words", "log loss over the two answer",
+        "as it should be on rows of train's share of correct solutions. Of these 50% are.",
     ):  # fmt: skip
         assert said in found.text, said
 
