@@ -21,7 +21,20 @@ from rich.table import Table
 from ..config import Columns
 from ..data.rows import parse_labels, resolve_columns, same_question
 from ..errors import DataError, NonFiniteError
-from .metrics import FEW_QUESTIONS, LEVEL, RESAMPLES, THRESHOLD, Bools, Floats, Ints, group_ids, measure, paired, plain
+from .metrics import (
+    FEW_QUESTIONS,
+    LEVEL,
+    RESAMPLES,
+    THRESHOLD,
+    Bools,
+    Floats,
+    Ints,
+    group_ids,
+    measure,
+    paired,
+    plain,
+    rows_by_value,
+)
 from .rowfile import explain, replacing, unscorable
 from .score import Scorer, say, score_pairs
 
@@ -113,15 +126,11 @@ def _check_by(frame: pl.DataFrame, name: str, where: str) -> None:
         raise DataError(
             f"{where}: --by {name}: no such column{f' (did you mean {near[0]!r}?)' if near else ''}; there are {known}"
         )
-    values = len(set(_values(frame[name])))
+    values = len(rows_by_value(frame[name].to_list()))
     if values > MOST_VALUES:
         raise DataError(
             f"{where}: --by {name}: the column has {values:,} values; figures are made for at most {MOST_VALUES}"
         )
-
-
-def _values(series: pl.Series) -> list[str]:
-    return ["(none)" if value is None else str(value) for value in series.to_list()]
 
 
 def score_frame(scorer: Scorer, rows: Labelled, console: Console) -> Floats:
@@ -188,13 +197,9 @@ def evaluate(
         result["baseline"] = figures(used, baseline)
         result["difference"] = {name: dataclasses.asdict(value) for name, value in difference.items()}
     for name in by:
-        values = _values(frame[name])
-        rows_of: dict[str, list[int]] = {}
-        for row in used.tolist():
-            rows_of.setdefault(values[row], []).append(row)
         table = []
-        for value in sorted(rows_of, key=lambda value: (-len(rows_of[value]), value)):
-            of = np.array(rows_of[value])
+        for value, places in rows_by_value(frame[name].gather(used).to_list()).items():
+            of = used[places]
             entry = {"value": value, **figures(of, p_correct)}
             if baseline is not None:
                 entry["baseline"] = figures(of, baseline)

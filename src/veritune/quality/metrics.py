@@ -40,6 +40,15 @@ def group_ids(keys: Sequence[Any]) -> Ints:
     return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), dtype=np.int64, count=len(keys))
 
 
+def rows_by_value(values: Sequence[Any]) -> dict[str, Ints]:
+    """The row numbers of each value as text, the commonest first, then by the text; None is `(none)`."""
+    found: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        found.setdefault("(none)" if value is None else str(value), []).append(row)
+    ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {value: np.array(rows) for value, rows in ordered}
+
+
 def confusion(labels: Bools, p: Floats) -> dict[str, int]:
     """Counts of rows: `true_positive` is a correct solution called correct, `false_positive` a wrong one so called."""
     said = verdicts(p)

@@ -1,13 +1,12 @@
 """Curves and tables made of scores: plain numpy. `labels` is bool [n], `p` float64 [n], `groups` int64 [n]."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from ..quality.metrics import Bools, Floats, Ints, at_edge, group_ids, intervals, point, verdicts
+from ..quality.metrics import Bools, Floats, Ints, at_edge, group_ids, intervals, point, rows_by_value, verdicts
 
 BINS = 20
 RELIABILITY_BINS = 10
@@ -102,37 +101,31 @@ def by_column(
     for name in frame.columns:
         if name in known or frame[name].dtype not in (pl.String, pl.Categorical, pl.Boolean, pl.Int64, pl.Int32):
             continue
-        values = ["(none)" if v is None else str(v) for v in frame[name].to_list()]
-        counts = Counter(values)
-        order = sorted(counts, key=lambda value: (-counts[value], value))
-        if len(order) < 2 or counts[order[0]] < max(2, len(values) / 100):  # all alike, or all different
+        found = list(rows_by_value(frame[name].to_list()).items())
+        if len(found) < 2 or len(found[0][1]) < max(2, len(frame) / 100):  # all alike, or all different
             continue
-        # By their ranks: an array of texts takes for each row what the longest of them takes.
-        ranks = {value: rank for rank, value in enumerate(order)}
-        place = np.array([ranks[value] for value in values])
-        shown = order[:MOST_VALUES]
-        out[name] = [part(value, place == ranks[value], labels, p, groups, resamples) for value in shown]
-        if others := len(order) - len(shown):
-            out[name].append(part(f"({others:,} others)", place >= MOST_VALUES, labels, p, groups, resamples))
+        if others := [rows for _, rows in found[MOST_VALUES:]]:
+            found[MOST_VALUES:] = [(f"({len(others):,} others)", np.sort(np.concatenate(others)))]
+        out[name] = [part(value, rows, labels, p, groups, resamples) for value, rows in found]
     if "solution" in frame.columns:
         length = frame["solution"].str.len_chars().to_numpy()
         cuts = np.unique(np.quantile(length, [0, 0.2, 0.4, 0.6, 0.8, 1]).round().astype(int))
         if len(cuts) > 2:
             place = np.searchsorted(cuts[1:-1], length, side="right")
             out["length of the solution"] = [
-                part(f"{cuts[i]:,} to {cuts[i + 1]:,} letters", place == i, labels, p, groups, resamples)
+                part(f"{cuts[i]:,} to {cuts[i + 1]:,} letters", rows, labels, p, groups, resamples)
                 for i in range(len(cuts) - 1)
-                if (place == i).any()
+                if len(rows := np.flatnonzero(place == i))
             ]
     return out
 
 
-def part(name: str, chosen: Bools, labels: Bools, p: Floats, groups: Ints, resamples: int) -> Part:
-    """The figures of some rows."""
+def part(name: str, chosen: Ints, labels: Bools, p: Floats, groups: Ints, resamples: int) -> Part:
+    """The figures of the rows with some numbers."""
     own = group_ids(groups[chosen].tolist())
     return Part(
         name,
-        int(chosen.sum()),
+        len(chosen),
         int(own.max()) + 1,
         float(labels[chosen].mean()),
         point(labels[chosen], p[chosen]),
