@@ -89,6 +89,11 @@ class Job:
     optimizer: str
     compiled: bool
 
+    @property
+    def mode(self) -> str:
+        """The tables' key for how layers are computed."""
+        return "compiled" if self.compiled else "plain"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -127,7 +132,7 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     Recomputing the first ones is best: the backward pass begins at the last, and what those kept is free again when the
     first of the others is computed.
     """
-    element, mode = ELEMENT[job.precision], _mode(job)
+    element, mode = ELEMENT[job.precision], job.mode
     trained = shape.trained(job.targets, job.rank)
 
     def size(widths: Widths) -> float:
@@ -169,11 +174,7 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
 
 def kept_bytes(shape: Shape, job: Job, tokens: int) -> float:
     """What autograd keeps of one layer."""
-    return _size(shape, job, tokens, KEPT[_mode(job)])
-
-
-def _mode(job: Job) -> str:
-    return "compiled" if job.compiled else "plain"
+    return _size(shape, job, tokens, KEPT[job.mode])
 
 
 def _size(shape: Shape, job: Job, tokens: int, widths: Widths) -> float:

@@ -63,17 +63,16 @@ def card_of(name: str) -> Card | None:
 
 def seconds(shape: Shape, job: Job, batch: Batch, recomputed: int, card: Card) -> float:
     """Seconds of one micro-batch, forward and backward."""
-    mode = "compiled" if job.compiled else "plain"
     again = recomputed / shape.layers
     tokens = batch.tokens + SMALL
     # A forward pass, the input's gradient, and the part computed again; the adapter has its own gradients too.
     products = tokens * (2 * shape.inside * (2 + again) + 2 * shape.trained(job.targets, job.rank) * (3 + again))
     products += tokens * 4 * shape.layers * shape.queries * batch.reach * (3.5 + again)
-    rate = card.rate * 1e12 * SHARE[mode] * GAIN[job.precision]
+    rate = card.rate * 1e12 * SHARE[job.mode] * GAIN[job.precision]
     layer = kept_bytes(shape, job, tokens)
-    traffic = shape.layers * layer * PASSES[mode] * (1 + again / 2)
+    traffic = shape.layers * layer * PASSES[job.mode] * (1 + again / 2)
     # NF4 is read, unpacked to bf16, and read again, at every product.
     weights = (WEIGHT[job.precision] + (2 * ELEMENT["nf4"] if job.precision == "nf4" else 0)) * shape.inside
     traffic += weights * (2 + again)
     on_card = products / rate + traffic / (card.bandwidth * 1e12)
-    return max(on_card, shape.layers * START[mode] * (1 + again / 2))
+    return max(on_card, shape.layers * START[job.mode] * (1 + again / 2))
