@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# veritune's own setting, which would come after bitsandbytes has started CUDA.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+import veritune  # noqa: F401  sets how GPU memory is taken, which bitsandbytes, starting CUDA, would settle
 
+# isort: split
 import numpy as np
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit

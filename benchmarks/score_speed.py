@@ -47,13 +47,15 @@ def veritune(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndar
     if o.base == "fp8":
         precision.to_fp8(base.model, train=False)
 
-    def few() -> Any:
+    first = build([rows[i] for i in split(rows[:1024], o.tokens)[0]])
+
+    def centred() -> Any:
         with torch.inference_mode():
-            found = label_logits(base.model, build([rows[i] for i in split(rows[:1024], o.tokens)[0]]), device)
+            found = label_logits(base.model, first, device)
             return found - found.mean(-1, keepdim=True)
 
     if device.type == "cuda" and not o.eager:
-        print("compiled:", compile_layers(base.model, few, "logits", precision=o.base) or "ok", flush=True)
+        print("compiled:", compile_layers(base.model, centred, "logits", precision=o.base) or "ok", flush=True)
     return lambda them: score_ids(base.model, them, answers, device, o.tokens)
 
 

@@ -8,13 +8,12 @@ ROWS comes from workload.py. Weights of a shape are random: speed needs no other
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
-# veritune's own setting, which would come after bitsandbytes has started CUDA.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+import veritune  # noqa: F401  sets how GPU memory is taken, which bitsandbytes, starting CUDA, would settle
 
+# isort: split
 import numpy as np
 import torch
 import workload
