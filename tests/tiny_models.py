@@ -6,7 +6,7 @@ shows.
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,23 @@ def tiny(family: str, *, seed: int = 0, dtype: str = "float32", drop: Sequence[s
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, dtype))
     return model.requires_grad_(False).eval()
+
+
+def kept(compute: Callable[[], Any], known: Iterable[Any] = ()) -> tuple[Any, int]:
+    """What `compute` gives, and the bytes that autograd keeps for it beside `known` tensors."""
+    import torch
+
+    there = {tensor.untyped_storage().data_ptr() for tensor in known}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        if (at := tensor.untyped_storage().data_ptr()) not in there:
+            saved[at] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = compute()
+    return found, sum(saved.values())
 
 
 def worked_text(questions: int = 60) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from tiny_models import tiny
+from tiny_models import kept, tiny
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -110,22 +110,15 @@ def test_compiled_layers_recompute_from_outside_without_further_graphs(backend: 
         layer.compile(dynamic=True, backend=backend)
     gradient(made, 2)
     graphs = counters["stats"]["unique_graphs"]
-    kept = []
+    sizes = []
     for recomputed in (0, 1, 3):
         load.set_training(made, recomputed=recomputed)
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = loss_of(made, 1)
-        kept.append(sum(saved.values()))
+        loss, size = kept(lambda: loss_of(made, 1))
+        sizes.append(size)
         loss.backward()
         made.zero_grad(set_to_none=True)
         assert torch.allclose(gradient(made, 1), plain, rtol=1e-5, atol=1e-8)
-    assert kept[0] > kept[1] > kept[2]
+    assert sizes[0] > sizes[1] > sizes[2]
     assert counters["stats"]["unique_graphs"] == graphs
     torch.compiler.reset()
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import traced
+from tiny_models import kept, tiny
 from torch import Tensor
 from traced import rows_of
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veritune import config
 from veritune.model import adapter, load, self_check
@@ -61,48 +61,29 @@ def test_what_compiled_layers_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     partitioned = partialmethod(torch.nn.Module.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch.nn.Module, "compile", partitioned)
-    few, more = kept_by_compiled(3), kept_by_compiled(5)
-    shape, tokens = Shape.of(small(5).to_dict()), len(ROW) - 1
+    (_, few), (shape, more) = kept_by_compiled(3), kept_by_compiled(5)
     compiled = Job("bf16", 16, config.Lora().targets, "adamw_torch", compiled=True)
-    assert (more - few) / 2 == pytest.approx(memory.kept_bytes(shape, compiled, tokens), rel=0.02)
+    assert (more - few) / 2 == pytest.approx(memory.kept_bytes(shape, compiled, len(ROW)), rel=0.02)
     torch.compiler.reset()
 
 
-ROW = np.random.default_rng(0).integers(5, 500, 401, dtype=np.int32)
+ROW = np.random.default_rng(0).integers(5, 300, 400, dtype=np.int32)
 
 
-def small(layers: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=500, hidden_size=256, intermediate_size=896, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
-
-
-def kept_by_compiled(layers: int) -> int:
+def kept_by_compiled(layers: int) -> tuple[Shape, int]:
     """Bytes that autograd keeps of a model whose layers, but for the narrow last one, are compiled."""
-    cpu = torch.device("cpu")
-    torch.manual_seed(0)
-    base = load.Base(AutoModelForCausalLM.from_config(small(layers)), None, cpu, "bf16", "small")
-    base.model.requires_grad_(False)
+    cpu, sizes = torch.device("cpu"), {"hidden_size": 256, "intermediate_size": 896, "head_dim": 64}
+    base = load.Base(tiny("llama", dtype="bfloat16", num_hidden_layers=layers, **sizes), None, cpu, "bf16", "tiny")
     self_check.use_paths(base.model)
     model = adapter.add_adapter(base, config.Lora(rank=16), seed=0)
     load.set_training(model)
-    trie, known = build([ROW[:-1]]), {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    trie = build([ROW])
 
     def loss() -> Tensor:
         return label_loss(label_logits(model, trie, cpu), torch.tensor([True]), (7, 11))
 
     assert compile_layers(model, lambda: gradients(model, loss)) is None
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss()
-    return sum(saved.values())
+    return Shape.of(base.model.config.to_dict()), kept(loss, model.state_dict().values())[1]
 
 
 def job(rank: int) -> Job:
