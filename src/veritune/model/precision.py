@@ -8,7 +8,7 @@ FP8 (e4m3, Micikevicius et al. 2022): weights are scaled by row once, in both la
 each time. The update itself stays in bf16. Where there are no FP8 products the same numbers are multiplied in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,8 +24,10 @@ FP8 = torch.float8_e4m3fn
 
 
 @torch.library.custom_op("veritune::product_plus", mutates_args=())
-def product_plus(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
+def product_plus(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
     """x [T, k], w [n, k], bias [n], low [T, r], up [n, r] -> x w^T + bias + low up^T [T, n]."""
+    if low is None or up is None:
+        return nn.functional.linear(x, w, bias)
     # The small product first: the large one then adds to it as it writes, which costs less than a second pass, and the
     # sum is rounded once.
     y = low @ up.t() if bias is None else torch.addmm(bias, low, up.t())
@@ -33,27 +35,31 @@ def product_plus(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, up: Ten
 
 
 @product_plus.register_fake
-def _(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
+def _(x: Tensor, w: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[0])
 
 
 @torch.library.custom_op("veritune::product_plus_nf4", mutates_args=())
-def product_plus_nf4(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
+def product_plus_nf4(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None
+) -> Tensor:
     """The same with w [n, k] unpacked from NF4 for this product only."""
-    return product_plus(x, unpack(packed, absmax, (up.shape[0], x.shape[1]), x.dtype), bias, low, up)
+    return product_plus(x, unpack(packed, absmax, x.shape[1], x.dtype), bias, low, up)
 
 
 @product_plus_nf4.register_fake
-def _(x: Tensor, packed: Tensor, absmax: Tensor, bias: Any, low: Tensor, up: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], up.shape[0])
+def _(x: Tensor, packed: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], 2 * packed.numel() // x.shape[1])
 
 
 @torch.library.custom_op("veritune::product_plus_fp8", mutates_args=())
 def product_plus_fp8(
-    x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, low: Tensor, up: Tensor
-) -> Tensor:
-    """The same with x [T, k] and w [n, k] in FP8, `scale` [T, 1] and `w_scale` [1, n] in float32; -> low's dtype."""
-    return product_fp8(x, scale, w, w_scale, bias, low.dtype).addmm_(low, up.t())
+    x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, low: Tensor | None, up: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The same with x [T, k] and w [n, k] in FP8, `scale` [T, 1] and `w_scale` [1, n] in float32; -> `dtype`."""
+    y = product_fp8(x, scale, w, w_scale, bias, dtype)
+    return y if low is None or up is None else y.addmm_(low, up.t())
 
 
 def product_fp8(
@@ -67,48 +73,60 @@ def product_fp8(
 
 
 @product_plus_fp8.register_fake
-def _(x: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, bias: Any, low: Tensor, up: Tensor) -> Tensor:
-    return low.new_empty(x.shape[0], w.shape[0])
+def _(x: Tensor, scale: Tensor, w: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0], dtype=others[-1])
 
 
 @torch.library.custom_op("veritune::products_back", mutates_args=())
-def products_back(grads: list[Tensor], ws: list[Tensor], low: Tensor, up: Tensor) -> Tensor:
+def products_back(grads: list[Tensor], ws: list[Tensor], low: Tensor | None, up: Tensor | None) -> Tensor:
     """Sum of grad w over layers, grad [T, n], w [n, k], + low up^T, low [T, r], up [k, r] -> [T, k]."""
-    y = low @ up.t()
-    for grad, w in zip(grads, ws, strict=True):
-        y.addmm_(grad, w)
-    return y
+    return _sum_of(zip(grads, ws, strict=True), low, up)
+
+
+@products_back.register_fake
+def _(grads: list[Tensor], ws: list[Tensor], *others: Any) -> Tensor:
+    return grads[0].new_empty(grads[0].shape[0], ws[0].shape[1])
 
 
 @torch.library.custom_op("veritune::products_back_nf4", mutates_args=())
 def products_back_nf4(
-    grads: list[Tensor], packed: list[Tensor], absmax: list[Tensor], low: Tensor, up: Tensor
+    grads: list[Tensor], packed: list[Tensor], absmax: list[Tensor], low: Tensor | None, up: Tensor | None
 ) -> Tensor:
     """The same with each w unpacked from NF4 for its product only."""
-    y = low @ up.t()
-    for grad, values, largest in zip(grads, packed, absmax, strict=True):
-        y.addmm_(grad, unpack(values, largest, (grad.shape[1], up.shape[0]), grad.dtype))
+    k = 2 * packed[0].numel() // grads[0].shape[1]
+    each = zip(grads, packed, absmax, strict=True)
+    return _sum_of(((grad, unpack(values, largest, k, grad.dtype)) for grad, values, largest in each), low, up)
+
+
+@products_back_nf4.register_fake
+def _(grads: list[Tensor], packed: list[Tensor], *others: Any) -> Tensor:
+    return grads[0].new_empty(grads[0].shape[0], 2 * packed[0].numel() // grads[0].shape[1])
+
+
+def _sum_of(pairs: Iterable[tuple[Tensor, Tensor]], low: Tensor | None, up: Tensor | None) -> Tensor:
+    y = None if low is None or up is None else low @ up.t()
+    for grad, w in pairs:
+        y = grad @ w if y is None else y.addmm_(grad, w)
+    assert y is not None, "there is a layer"
     return y
 
 
 @torch.library.custom_op("veritune::products_back_fp8", mutates_args=())
 def products_back_fp8(
-    grads: list[Tensor], scales: list[Tensor], ws: list[Tensor], w_scales: list[Tensor], low: Tensor, up: Tensor
-) -> Tensor:
-    """The same with grads and w^T [k, n] in FP8 and their scales; -> low's dtype."""
+    grads: list[Tensor], scales: list[Tensor], ws: list[Tensor], w_scales: list[Tensor], low: Tensor | None,
+    up: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The same with grads and w^T [k, n] in FP8 and their scales; -> `dtype`."""
     each = zip(grads, scales, ws, w_scales, strict=True)
-    first, *others = (product_fp8(grad, scale, w, w_scale, None, low.dtype) for grad, scale, w, w_scale in each)
+    first, *others = (product_fp8(grad, scale, w, w_scale, None, dtype) for grad, scale, w, w_scale in each)
     for other in others:
         first.add_(other)
-    return first.addmm_(low, up.t())
+    return first if low is None or up is None else first.addmm_(low, up.t())
 
 
-for _name in ("products_back", "products_back_nf4", "products_back_fp8"):
-
-    @torch.library.register_fake(f"veritune::{_name}")
-    def _(grads: list[Tensor], *others: Any) -> Tensor:
-        low, up = others[-2:]
-        return low.new_empty(low.shape[0], up.shape[0])
+@products_back_fp8.register_fake
+def _(grads: list[Tensor], scales: list[Tensor], ws: list[Tensor], *others: Any) -> Tensor:
+    return grads[0].new_empty(grads[0].shape[0], ws[0].shape[0], dtype=others[-1])
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,18 +136,22 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(FP8), scale
 
 
-def plus(kind: Kind, x: Tensor, frozen: tuple[Tensor, ...], bias: Tensor | None, low: Tensor, up: Tensor) -> Tensor:
-    """x W^T + bias + low up^T, with W as `frozen_parts` gave it."""
+def plus(
+    kind: Kind, x: Tensor, frozen: tuple[Tensor, ...], bias: Tensor | None, low: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x W^T + bias + low up^T, with W as `frozen_parts` gave it; without an update, the product alone."""
     if kind == "plain":
         return product_plus(x, frozen[0], bias, low, up)
     if kind == "nf4":
         return product_plus_nf4(x, frozen[0], frozen[1], bias, low, up)
-    return product_plus_fp8(*quantise_rows(x), frozen[0], frozen[1], bias, low, up)
+    return product_plus_fp8(*quantise_rows(x), frozen[0], frozen[1], bias, low, up, x.dtype)
 
 
 def plus_back(
-    kind: Kind, grads: Sequence[Tensor], frozen: Sequence[Sequence[Tensor]], low: Tensor, up: Tensor
-) -> Tensor:
+    kind: Kind, grads: Sequence[Tensor], frozen: Sequence[Sequence[Tensor]], low: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sum of grad W over layers, + low up^T: the gradient of what they all took. grad [T, n], low [T, r], up [k, r] ->
     [T, k]."""
     held = [list(parts) for parts in zip(*frozen, strict=True)]
@@ -138,7 +160,7 @@ def plus_back(
     if kind == "nf4":
         return products_back_nf4(list(grads), *held, low, up)
     values, scales = (list(parts) for parts in zip(*map(quantise_rows, grads), strict=True))
-    return products_back_fp8(values, scales, *held[2:], low, up)
+    return products_back_fp8(values, scales, *held[2:], low, up, grads[0].dtype)
 
 
 class _Fp8(torch.autograd.Function):
@@ -198,9 +220,10 @@ def to_fp8(model: nn.Module, *, train: bool = True) -> None:
                 module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
-def unpack(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """NF4 (blocks of 64) as a matrix. packed: uint8 [n k / 2, 1], absmax: float32 [n k / 64]."""
-    state = QuantState(absmax=absmax, shape=torch.Size(shape), blocksize=64, quant_type="nf4", dtype=dtype)
+def unpack(packed: Tensor, absmax: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """NF4 (blocks of 64) as a matrix [n, k]. packed: uint8 [n k / 2, 1], absmax: float32 [n k / 64]."""
+    shape = torch.Size((2 * packed.numel() // k, k))
+    state = QuantState(absmax=absmax, shape=shape, blocksize=64, quant_type="nf4", dtype=dtype)
     return dequantize_4bit(packed, state)
 
 
@@ -233,7 +256,7 @@ def hold_unpacked(model: nn.Module) -> None:
         if isinstance(base, Linear4bit) and (parts := frozen_parts(base)) is not None:
             packed, absmax = parts[1]
             plain = nn.Linear(base.in_features, base.out_features, device="meta")
-            shape = (base.out_features, base.in_features)
-            plain.weight = nn.Parameter(unpack(packed, absmax, shape, torch.bfloat16), requires_grad=False)
+            weight = unpack(packed, absmax, base.in_features, torch.bfloat16)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
             plain.bias = base.bias
             module.base_layer = plain  # pyright: ignore[reportArgumentType]
