@@ -179,7 +179,7 @@ def measure(group: Group, device: torch.device, until: float) -> tuple[list[dict
         print("compiled:", compile_layers(model, lambda: gradients(model, lambda: forward(trie))) or "ok", flush=True)
         forward(trie).backward()
     compiling = time.perf_counter() - compiling
-    job = memory.Job(group.precision, group.rank, config.Lora().targets, "adamw_torch", group.compiled)
+    job = memory.Job(group.precision, config.Lora(rank=group.rank), "adamw_torch", group.compiled)
     done, left = [], []
     for point in group.points:
         if time.perf_counter() > until:

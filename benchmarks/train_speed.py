@@ -86,7 +86,7 @@ def to_nf4(module: torch.nn.Linear) -> Linear4bit:
 def way_of(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace) -> fit.Fit:
     """Micro-batch and recomputed layers as veritune would choose them for steps of these rows, under the cap if any."""
     held = "bf16" if o.unpacked else o.base
-    job = memory.Job(held, 16, tuple(config.Lora().targets), config.Train().optimizer, not o.eager)
+    job = memory.Job(held, config.Lora(), config.Train().optimizer, not o.eager)
     steps = [rows[i : i + o.examples] for i in range(0, min(len(rows), 8 * o.examples), o.examples)]
     settings = config.Train(
         gradient_checkpointing="on" if o.checkpointing else "auto", micro_batch_tokens=o.micro_batch_tokens

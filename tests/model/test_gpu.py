@@ -11,6 +11,7 @@ from veritune.model import adapter, graphs, load, precision, self_check
 from veritune.model import compiled as compiled_layers
 from veritune.model.compiled import compile_layers
 from veritune.model.head import WideHead
+from veritune.model.swiglu import FusedMLP
 from veritune.model.verdict import label_logits, label_loss, rowwise_logits
 from veritune.tokens.trie import build
 
@@ -74,7 +75,10 @@ def test_trie_attention_and_compiled_layers_learn_what_stock_learns(heads, key_h
     if compiled:
         trie = build(given)
         loss = lambda: label_loss(label_logits(model, trie, device), labels, ANSWERS)  # noqa: E731
+        torch._dynamo.utils.counters.clear()
         assert compile_layers(model, lambda: compiled_layers.gradients(model, loss)) is None
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert all(isinstance(layer.mlp, FusedMLP) for layer in load.layers(model))
     ours = gradients(model, label_logits(model, build(given), device), labels)
     # bf16 rounds; ours may be no further from float64 than stock's own bf16, give or take.
     assert worst(ours, truth) <= 1.5 * worst(expected, truth) + 0.01

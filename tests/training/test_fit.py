@@ -13,7 +13,7 @@ from veritune.training.memory import GIB, Job
 from veritune.training.speed import CARDS, card_of
 
 LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False)
-NF4 = Job("nf4", 16, config.Lora().targets, "adamw_torch", compiled=True)
+NF4 = Job("nf4", config.Lora(), "adamw_torch", compiled=True)
 STEP = Mix(tokens=20_000, longest=900, reach=150, parts=0.006, rows=0.005)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from traced import rows_of
 
 from veritune import config
-from veritune.model import adapter, load, self_check
+from veritune.model import adapter, load, self_check, swiglu
 from veritune.model.compiled import compile_layers, gradients
 from veritune.model.shape import Shape
 from veritune.model.verdict import label_logits, label_loss
@@ -62,7 +62,7 @@ def test_what_compiled_layers_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     partitioned = partialmethod(torch.nn.Module.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch.nn.Module, "compile", partitioned)
     (_, few), (shape, more) = kept_by_compiled(3), kept_by_compiled(5)
-    compiled = Job("bf16", 16, config.Lora().targets, "adamw_torch", compiled=True)
+    compiled = Job("bf16", config.Lora(), "adamw_torch", compiled=True)
     assert (more - few) / 2 == pytest.approx(memory.kept_bytes(shape, compiled, len(ROW)), rel=0.02)
     torch.compiler.reset()
 
@@ -76,6 +76,7 @@ def kept_by_compiled(layers: int) -> tuple[Shape, int]:
     base = load.Base(tiny("llama", dtype="bfloat16", num_hidden_layers=layers, **sizes), None, cpu, "bf16", "tiny")
     self_check.use_paths(base.model)
     model = adapter.add_adapter(base, config.Lora(rank=16), seed=0)
+    swiglu.fuse(model)  # as it is on a GPU
     load.set_training(model)
     trie = build([ROW])
 
@@ -87,7 +88,7 @@ def kept_by_compiled(layers: int) -> tuple[Shape, int]:
 
 
 def job(rank: int) -> Job:
-    return Job("bf16", rank, config.Lora().targets, "adamw_torch", compiled=False)
+    return Job("bf16", config.Lora(rank=rank), "adamw_torch", compiled=False)
 
 
 def biases(model: Any) -> int:

@@ -102,7 +102,7 @@ def test_an_nf4_base_is_held_unpacked_only_where_there_is_room(
     table = state.train
     rows, _ = state.encoder.rows(table.questions[:8], table.solutions[:8])
     shape, of = Shape.of(state.base.model.config.to_dict()), fit.mix([rows])
-    job = memory.Job("nf4", run.lora.rank, run.lora.targets, run.train.optimizer, compiled=False)
+    job = memory.Job("nf4", run.lora, run.train.optimizer, compiled=False)
     state.planned = rooms.Planned(shape, job, of, fit.choose(shape, job, run.train, of, room))
     before = verdict.label_logits(state.model, build(rows), state.base.device)
     rooms.unpack(state)

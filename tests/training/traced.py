@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from veritune import config
-from veritune.model import adapter, attention, load, self_check
+from veritune.model import adapter, attention, load, self_check, swiglu
 from veritune.model.verdict import label_logits, label_loss
 from veritune.tokens.blocks import BLOCK, blocks_of
 from veritune.tokens.trie import Trie, build
@@ -124,6 +124,7 @@ def step(model: Any, settings: config.Lora, rows: list[np.ndarray], recomputed: 
     base = load.Base(model, None, META, "bf16", "traced")
     self_check.use_paths(model)
     made = adapter.add_adapter(base, settings, seed=0)
+    swiglu.fuse(made)  # as it is on a GPU
     load.set_training(made, recomputed=recomputed)
     trie = build(rows)
     with kernels(trie), Tracker(made.parameters()) as tracker:

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import __version__, config
 from ..errors import ConfigError, MissingError, ModelError, first_line
 from ..tokens.prompt import Frame
-from . import lora, precision
+from . import lora, precision, swiglu
 from .load import Base
 from .merge import unmergeable
 
@@ -102,9 +102,11 @@ def add_adapter(base: Base, settings: config.Lora, *, seed: int, start_from: str
     return model
 
 
-def _speed_up(model: Any, base: Base) -> None:
+def _speed_up(model: Any, base: Base, *, train: bool = True) -> None:
     """Our products in place of PEFT's; the base in FP8 only now, since PEFT wraps plain layers."""
     lora.speed_up(model)
+    if train:
+        swiglu.speed_up(model)
     if base.precision == "fp8":
         precision.to_fp8(model)
 
@@ -157,7 +159,7 @@ def load_adapter(
         if base.precision == "fp8":
             precision.to_fp8(model, train=False)
         return model
-    _speed_up(model, base)
+    _speed_up(model, base, train=trainable)
     return model
 
 

@@ -20,7 +20,7 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that take the same input, one after the other."""
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What a layer computes with."""
 
     kind: Kind
@@ -37,7 +37,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Kind, scalings: tuple[float, ...], *flat: Tensor) -> tuple[Tensor, ...]:
-        biases, a, b, frozen = _apart(flat, len(scalings))
+        biases, a, b, frozen = apart(flat, len(scalings))
         wide = torch.cat(a) if len(a) > 1 else a[0]
         lows = [low * s for low, s in zip((x @ wide.t()).split([len(one) for one in a], 1), scalings, strict=True)]
         ctx.save_for_backward(x, wide, *lows, *b, *(tensor for each in frozen for tensor in each))
@@ -60,24 +60,24 @@ class _LoraLinears(torch.autograd.Function):
         return grad_x, None, None, *[None] * n, *grad_a, *grad_b, *[None] * len(frozen)
 
 
-def _apart(flat: tuple[Any, ...], n: int) -> tuple[Any, Any, Any, list[tuple[Tensor, ...]]]:
+def apart(flat: tuple[Any, ...], n: int) -> tuple[Any, Any, Any, list[tuple[Tensor, ...]]]:
     """Biases, A's, B's and frozen tensors of n layers."""
     held = (len(flat) - 3 * n) // n
     frozen = [flat[3 * n + i * held : 3 * n + (i + 1) * held] for i in range(n)]
     return flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], frozen
 
 
-def _parts(layer: Any, dtype: torch.dtype) -> _Parts | None:
+def parts_of(layer: Any, dtype: torch.dtype) -> Parts | None:
     """None for a kind of base layer that `precision.plus` does not know, or dropout between the input and A."""
     (name,) = layer.active_adapters
     parts, dropout = frozen_parts(layer.base_layer), layer.lora_dropout[name]
     if parts is None or (dropout.training and not isinstance(dropout, torch.nn.Identity)):
         return None
     a, b = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
-    return _Parts(parts[0], layer.scaling[name], layer.base_layer.bias, a, b, parts[1])
+    return Parts(parts[0], layer.scaling[name], layer.base_layer.bias, a, b, parts[1])
 
 
-def _linears(x: Tensor, parts: list[_Parts]) -> tuple[Tensor, ...]:
+def _linears(x: Tensor, parts: list[Parts]) -> tuple[Tensor, ...]:
     """x [..., in] -> [..., out] of each layer."""
     biases, a, b = ([getattr(part, name) for part in parts] for name in ("bias", "a", "b"))
     frozen = [tensor for part in parts for tensor in part.frozen]
@@ -99,7 +99,7 @@ class _Group:
         """The result for x of the layer at a place; None if it is to be computed by itself."""
         if place == 0:
             self.drop()
-            found = [_parts(layer, x.dtype) for layer in self.layers if _plain(layer)]
+            found = [parts_of(layer, x.dtype) for layer in self.layers if is_plain(layer)]
             parts = [part for part in found if part is not None]
             if len(parts) < len(self.layers) or len({part.kind for part in parts}) > 1:
                 return None
@@ -115,7 +115,7 @@ class _Group:
         self.input, self.found = None, ()
 
 
-def _plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether PEFT's own forward would compute no more than one adapter of the usual kind."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -125,14 +125,14 @@ def _plain(layer: Any) -> bool:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """The fast path, or None where PEFT's own forward must run."""
-    if args or kwargs or not _plain(layer):
+    if args or kwargs or not is_plain(layer):
         return None
     group = getattr(layer, "group", None)
     if group is not None and torch.is_grad_enabled():
         y = group.give(layer.place, x)
         if y is not None:
             return y
-    parts = _parts(layer, x.dtype)
+    parts = parts_of(layer, x.dtype)
     if parts is not None and torch.is_grad_enabled():
         return _linears(x, [parts])[0]
     flat = x.reshape(-1, x.shape[-1])

@@ -11,7 +11,10 @@ from . import header
 
 NARROW = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose decoder layer is norm, attention, sum, norm, MLP, sum: the last one computes its MLP for the label
-rows alone; see `narrow`."""
+rows alone, and the MLP is SwiGLU; see `narrow` and `swiglu`."""
+MOST_RANK = 64
+"""The highest rank of a `swiglu.FusedMLP`: beyond it, reading narrow matrices for every block of tokens takes longer
+than it saves."""
 
 
 @dataclass(frozen=True)

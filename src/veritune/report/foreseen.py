@@ -49,7 +49,7 @@ def foresee(run: config.Run, source: Source, gpu: str | None, gib: float | None)
     if precision == "fp8" and not card.fp8:
         raise ConfigError(f"model.base = 'fp8': {name} has no FP8 products; use 'bf16', or 'nf4' to save memory")
     of = shape.read(run.model.path)
-    job = Job(precision, run.lora.rank, run.lora.targets, run.train.optimizer, run.train.compile)
+    job = Job(precision, run.lora, run.train.optimizer, run.train.compile)
     steps = [reckoned(run, source, source.plan.rows(step)) for step in fit.looked_at(len(source.plan))]
     mix = fit.mix(steps)
     found = fit.choose(of, job, run.train, mix, room, card)

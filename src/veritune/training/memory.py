@@ -10,7 +10,8 @@ GPU. Sizes in bytes.
 
 from dataclasses import dataclass
 
-from ..model.shape import Shape
+from .. import config
+from ..model.shape import MOST_RANK, Shape
 from ..tokens.blocks import BLOCK, blocks_of
 from ..tokens.trie import Trie
 
@@ -57,15 +58,19 @@ KEPT = {
     # Norm inputs in float32 (2 wide) and outputs (2 hidden); queries, attention's outputs; keys, values; gate,
     # silu(gate), up and their product.
     "plain": Widths(hidden=2, wide=2, query=2, key=2, inner=4, low=1, sums=1),
+    # The last two are computed again.
+    "fused": Widths(hidden=2, wide=2, query=2, key=2, inner=2, low=1, sums=1),
     # Norm inputs as they come; their outputs and silu(gate) * up are computed again.
     "compiled": Widths(hidden=2, query=2, key=2, inner=2, low=1, sums=1),
 }
 """What autograd keeps of one layer."""
 
-FIRST = {"plain": Widths(wide=1), "compiled": Widths(hidden=1)}
+FIRST = {"plain": Widths(wide=1), "fused": Widths(wide=1), "compiled": Widths(hidden=1)}
 """What the first layer does not keep of that, since its input has no gradient: the first norm's input."""
 
-MLP = {"plain": Widths(hidden=1, inner=2), "compiled": Widths(hidden=2, inner=4)}
+MLP = {
+    "plain": Widths(hidden=1, inner=2), "fused": Widths(hidden=2, inner=3), "compiled": Widths(hidden=2, inner=4),
+}  # fmt: skip
 """What lives beside that while the last product of a layer's MLP goes back: gradients, and what is computed again."""
 
 FINAL_NORM = Widths(wide=6)
@@ -84,14 +89,13 @@ class Job:
     """What decides memory besides the model and the micro-batch."""
 
     precision: str  # fp32 | bf16 | nf4 | fp8
-    rank: int
-    targets: tuple[str, ...]
+    lora: config.Lora
     optimizer: str
     compiled: bool
 
     @property
     def mode(self) -> str:
-        """The tables' key for how layers are computed."""
+        """How layers are computed, as the tables of `speed` call it."""
         return "compiled" if self.compiled else "plain"
 
 
@@ -132,8 +136,8 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     Recomputing the first ones is best: the backward pass begins at the last, and what those kept is free again when the
     first of the others is computed.
     """
-    element, mode = ELEMENT[job.precision], job.mode
-    trained = shape.trained(job.targets, job.rank)
+    element, mode = ELEMENT[job.precision], _mode(shape, job)
+    trained = shape.trained(job.lora.targets, job.lora.rank)
 
     def size(widths: Widths) -> float:
         return _size(shape, job, batch.tokens, widths)
@@ -174,11 +178,18 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
 
 def kept_bytes(shape: Shape, job: Job, tokens: int) -> float:
     """What autograd keeps of one layer."""
-    return _size(shape, job, tokens, KEPT[job.mode])
+    return _size(shape, job, tokens, KEPT[_mode(shape, job)])
+
+
+def _mode(shape: Shape, job: Job) -> str:
+    """The tables' key for how layers are computed; "fused": plain ones whose MLP is a `swiglu.FusedMLP`."""
+    adapted, lora = {"gate_proj", "up_proj", "down_proj"} <= set(job.lora.targets), job.lora
+    fused = shape.narrow and adapted and lora.rank <= MOST_RANK and not lora.dropout and job.precision != "fp32"
+    return "fused" if job.mode == "plain" and fused else job.mode
 
 
 def _size(shape: Shape, job: Job, tokens: int, widths: Widths) -> float:
-    element, low = ELEMENT[job.precision], job.rank * shape.adapted(job.targets)
+    element, low = ELEMENT[job.precision], job.lora.rank * shape.adapted(job.lora.targets)
     return tokens * (
         element * (widths.hidden * shape.hidden + widths.query * shape.queries + widths.key * shape.keys)
         + element * (widths.inner * shape.inner + widths.low * low)

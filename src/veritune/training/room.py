@@ -70,9 +70,9 @@ def planned(state: "Training", room: float | None) -> Planned | None:
         return [found[i] for i in state.world.share(found)] or found[:1]
 
     of = fit.mix([rows(step) for step in fit.looked_at(len(state.plan))], shared=state.way == "paths")
-    lora, compiled = run.lora, run.train.compile and state.way == "paths"
+    compiled = run.train.compile and state.way == "paths"
     held = "bf16" if state.base.unpacked else state.base.precision
-    job = Job(held, lora.rank, lora.targets, run.train.optimizer, compiled)
+    job = Job(held, run.lora, run.train.optimizer, compiled)
     card = card_of(torch.cuda.get_device_name(state.base.device))
     return Planned(shape, job, of, fit.choose(shape, job, run.train, of, room, card))
 

@@ -66,7 +66,9 @@ def seconds(shape: Shape, job: Job, batch: Batch, recomputed: int, card: Card) -
     again = recomputed / shape.layers
     tokens = batch.tokens + SMALL
     # A forward pass, the input's gradient, and the part computed again; the adapter has its own gradients too.
-    products = tokens * (2 * shape.inside * (2 + again) + 2 * shape.trained(job.targets, job.rank) * (3 + again))
+    products = tokens * (
+        2 * shape.inside * (2 + again) + 2 * shape.trained(job.lora.targets, job.lora.rank) * (3 + again)
+    )
     products += tokens * 4 * shape.layers * shape.queries * batch.reach * (3.5 + again)
     rate = card.rate * 1e12 * SHARE[job.mode] * GAIN[job.precision]
     layer = kept_bytes(shape, job, tokens)
