@@ -38,19 +38,21 @@ GROUPS: dict[str, list[list[str]]] = {
     "bf16": [
         TIMED,
         [*TIMED, "--base", "fp8"],
-        *peers(16, "--recompute", batches=(32, 64)),
-        *peers(16, batches=(8,)),
         [*TIMED, "--together", "1"],
         [*TIMED, "--together", "4"],
-        *peers(16, batches=(16,)),  # with TRL they do not fit 80 GB
+        *peers(16, batches=(32, 64)),  # not all fit 80 GB
+        *peers(16, "--recompute", batches=(64, 32)),
+        *peers(16, batches=(8,)),
     ],
     "nf4": [
         [*TIMED, "--base", "nf4", "--unpacked"],
-        *peers(4, "--recompute", batches=(32, 64)),
         [*TIMED, "--base", "nf4"],
+        *peers(4, batches=(32, 64)),
+        *peers(4, "--recompute", batches=(64, 32)),
     ],
     "nf4-40": [
         [*TIMED, "--base", "nf4", "--cap", "40"],
+        *peers(4, "--cap", "40", batches=(16,)),
         *peers(4, "--recompute", "--cap", "40", batches=(64, 32)),
     ],
     "nf4-15": [
