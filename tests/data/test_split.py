@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veritune.config import Prepare
+from veritune.config import LARGEST, Prepare
 from veritune.data.split import draw, split, true_share
 from veritune.errors import ConfigError, DataError
 
@@ -109,7 +109,7 @@ def test_a_limit_keeps_the_shares_and_is_the_beginning_of_the_whole(balance):
     assert len(parts(rows, balance=balance, limit=10**6)[1]) == len(whole)
 
 
-@given(st.integers(0, 2**63), st.floats(0.05, 0.95), st.integers(1, 400))
+@given(st.integers(0, LARGEST), st.floats(0.05, 0.95), st.integers(1, 400))
 @settings(max_examples=40, deadline=None)
 def test_any_first_rows_hold_the_labels_evenly(seed, true, first):
     train = parts(frame(600, 50, true=true, seed=seed % 1000), seed=seed, balance="none")[1]
