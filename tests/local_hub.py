@@ -89,7 +89,8 @@ def serving(root: Path) -> Iterator[tuple[str, list[str]]]:
     asked: list[str] = []
     handler = type("Hub", (_Hub,), {"root": root, "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # It looks so often whether it is to end, which each test waits for.
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
     finally:

@@ -41,7 +41,7 @@ def server(online: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         def log_message(self, *args: object) -> None: ...
 
     running = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     online.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{running.server_port}")
     yield answer
     running.shutdown()
