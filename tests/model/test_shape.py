@@ -7,6 +7,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from huggingface_hub import constants
+from local_hub import serving
 from tiny_models import PHI3_TARGETS, tiny
 
 from veritune import config
@@ -68,6 +70,20 @@ def test_a_header_says_what_the_formats_own_reader_says(tmp_path: Path) -> None:
         part.write_bytes(file.read_bytes()[:size])
         with pytest.raises(ModelError, match=r"GGUF"):
             header.read(part)
+
+
+def test_a_configuration_that_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "me" / "tiny").mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(tmp_path) as (address, _):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        url = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        with pytest.raises(ModelError, match=r"'me/tiny': its config.json cannot be downloaded"):
+            shape.read("me/tiny")
 
 
 @pytest.mark.parametrize(

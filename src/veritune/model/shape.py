@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingError, ModelError
+from ..errors import MissingError, ModelError, first_line
 from . import header
 
 NARROW = ("llama", "mistral", "qwen2", "qwen3")
@@ -121,13 +121,21 @@ def read(path: str) -> Shape:
 
 
 def _of_hub(path: str) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    import httpx
+    from huggingface_hub import hf_hub_download
 
     from . import hub
 
     hub.check(path)
-    cached = try_to_load_from_cache(path, "config.json")
-    return Path(cached if isinstance(cached, str) else hf_hub_download(path, "config.json"))
+    if cached := hub.folder(path):
+        return cached / "config.json"
+    try:
+        return Path(hf_hub_download(path, "config.json"))
+    except (OSError, httpx.HTTPError) as error:  # the hub's own errors are OSErrors
+        raise ModelError(
+            f"model.path = {path!r}: its config.json cannot be downloaded ({first_line(error)}); a gated model needs "
+            "an HF_TOKEN that opens it"
+        ) from None
 
 
 def _of_gguf(file: Path) -> Shape:
