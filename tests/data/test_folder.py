@@ -1,6 +1,7 @@
 """A prepared folder appears whole or not at all, and never takes the place of something else."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -146,6 +147,17 @@ def test_a_process_that_dies_in_the_swap_loses_nothing(tmp_path):
         vanish(out)
     assert folder.read_manifest(out)["fingerprint"] == "first"
     assert (tmp_path / ".prepared.more.old").is_dir()
+
+
+def test_what_is_left_of_a_dead_process_with_the_same_number_is_no_obstacle(tmp_path):
+    out = tmp_path / "prepared"
+    make(out, "first")
+    for kind in ("partial", "old"):
+        (tmp_path / f".prepared.{os.getpid()}.{kind}").mkdir()
+        (tmp_path / f".prepared.{os.getpid()}.{kind}" / "left").touch()
+    make(out, "second")
+    assert folder.read_manifest(out)["fingerprint"] == "second"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_failed_swap_puts_the_old_folder_back(tmp_path):

@@ -98,7 +98,9 @@ def _settle(out: Path) -> None:
     """Puts right what killed processes left beside `out`: what is unfinished goes, the only dataset there is stays."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
         name, _, kind = left.name.removeprefix(f".{out.name}.").partition(".")
-        if kind not in ("partial", "old") or not name.isdecimal() or is_process(int(name)):
+        if kind not in ("partial", "old") or not name.isdecimal():
+            continue
+        if int(name) != os.getpid() and is_process(int(name)):  # in a container every process may have one number
             continue
         if kind == "old" and not out.exists():
             left.rename(out)
