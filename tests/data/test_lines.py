@@ -57,6 +57,8 @@ def test_a_line_over_the_limit_is_refused_without_being_kept(tmp_path):
     assert reasons(records) == {2: lines.TOO_LARGE, 4: lines.TOO_LARGE}
     assert all(len(value.raw) <= 1000 for _, value in records if isinstance(value, Refused))
     assert (3, {"a": 2}) in records
+    marked = json_records(tmp_path, b"\xef\xbb\xbf" + long + b'\n{"a": 2}', limit=1000)
+    assert (reasons(marked), marked[1:]) == ({1: lines.TOO_LARGE}, [(2, {"a": 2})])
     exact = b'{"a": 1}'
     assert json_records(tmp_path, exact, limit=len(exact)) == [(1, {"a": 1})]
 

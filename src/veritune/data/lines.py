@@ -73,11 +73,9 @@ def read_lines(path: Path, limit: int = UNLIMITED, tick: Callable[[int], None] |
             source = cast(BinaryIO, gzip.GzipFile(fileobj=plain)) if start == b"\x1f\x8b" else plain
             while raw := source.readline(limit):
                 number += 1
+                cut = len(raw) >= limit and not raw.endswith(b"\n") and _skip_line(source)
                 if number == 1:
                     raw = _without_mark(raw, path)
-                cut = len(raw) >= limit and not raw.endswith(b"\n")
-                if cut:
-                    cut = _skip_line(source)
                 if tick and number % 1000 == 1:
                     tick(plain.tell())
                 yield Line(number, raw, cut)
