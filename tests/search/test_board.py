@@ -191,6 +191,45 @@ def test_who_dies_while_it_takes_a_dead_workers_trial_is_not_waited_for(tmp_path
     assert taken(board(tmp_path / "s", trials=1).take()).number == 0
 
 
+def test_who_dies_while_it_gives_up_a_dead_workers_trial_is_not_waited_for(tmp_path: Path) -> None:
+    def dies(early: bool) -> None:
+        if early:
+            Board.give_up = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        board(tmp_path / "s", trials=1).take()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for early in (False, True):
+        process = FORK.Process(target=dies, args=(early,))
+        process.start()
+        process.join()
+    assert taken(board(tmp_path / "s", trials=1).take()).number == 0
+
+
+def test_who_dies_while_another_opens_the_board_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(there: Any) -> None:
+        it = board(tmp_path / "s", trials=1)
+        it.take()
+        there.set()
+        time.sleep(60)
+
+    there, reclaim = FORK.Event(), Board.reclaim
+    process = FORK.Process(target=works, args=(there,))
+    process.start()
+    assert there.wait(30)
+
+    def reclaims(it: Board) -> None:
+        reclaim(it)
+        process.kill()
+        process.join()
+
+    monkeypatch.setattr(Board, "reclaim", reclaims)
+    it = board(tmp_path / "s", trials=1)
+    monkeypatch.undo()
+    assert taken(it.take()).number == 0
+
+
 def test_who_comes_back_after_its_trial_was_taken_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,7 +271,7 @@ class Board:
         """Leaves the sweep; a trial still in this worker's hands waits for the next."""
         with self.locked():
             self.reclaim()
-        (self.folder / "workers" / self.me).unlink(missing_ok=True)
+            (self.folder / "workers" / self.me).unlink(missing_ok=True)
         self.life.close()
         self.storage.remove_session()
         self.storage.engine.dispose()
@@ -313,9 +313,10 @@ def open_board(
     study.pruner = pruner(settings)
     board = Board(study, storage, settings, axes, folder)
     with board.locked():
-        board.reclaim()  # while the lock files tell who is dead
-        for path in (folder / "workers").iterdir():
-            dead(path)
+        ended = [path for path in (folder / "workers").iterdir() if dead(path)]
+        board.reclaim()
+        for path in ended:  # only now, and no others: a trial whose worker has no file counts as another machine's
+            path.unlink()
         board.life = (folder / "workers" / board.me).open("w")
         fcntl.flock(board.life, fcntl.LOCK_EX)  # until this process ends, however it does
         before = study.user_attrs.get("agreed")
@@ -331,15 +332,11 @@ def open_board(
 
 
 def dead(file: Path) -> bool:
-    """Whether the worker of this machine that a lock file belongs to has ended; then the file goes. Call under the
-    sweep's lock."""
-    with file.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        file.unlink(missing_ok=True)
+    """Whether the worker of this machine that a lock file belongs to has ended. Call under the sweep's lock."""
+    with file.open() as handle, suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
+    return False
 
 
 def open_storage(url: str | None, database: Path) -> optuna.storages.RDBStorage:
