@@ -18,6 +18,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from made_sweeps import board, point
 from rich.console import Console
 
@@ -228,6 +229,25 @@ def test_who_dies_while_another_opens_the_board_is_not_waited_for(
     it = board(tmp_path / "s", trials=1)
     monkeypatch.undo()
     assert taken(it.take()).number == 0
+
+
+def test_who_dies_while_it_makes_the_tables_leaves_none(tmp_path: Path) -> None:
+    """Without the index of its names, SQLite's table of studies would hold the sweep once more for each command."""
+
+    def dies(*about: Any) -> None:
+        if about[2].startswith("CREATE UNIQUE INDEX ix_studies_study_name"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def begins() -> None:
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", dies)
+        board(tmp_path / "s")
+
+    process = FORK.Process(target=begins)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    for _ in range(2):
+        assert taken(board(tmp_path / "s").take()).number == 0
 
 
 def test_who_comes_back_after_its_trial_was_taken_changes_nothing(

@@ -28,12 +28,13 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from .. import config
 from ..errors import ConfigError, MissingError
 from . import asha
 from .space import Axis
+from .storage import here_alone, open_storage
 
 BEAT = 5.0
 """Seconds between two signs of life."""
@@ -244,8 +245,7 @@ class Board:
         """One worker of the sweep at a time."""
         with self.mutex:
             if self.settings.storage is None:
-                with (self.folder / ".lock").open("a") as handle:
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+                with here_alone(self.folder):
                     yield
             else:
                 with self.storage.engine.begin() as connection:
@@ -337,39 +337,6 @@ def dead(file: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
-
-
-def open_storage(url: str | None, database: Path) -> optuna.storages.RDBStorage:
-    """Optuna's storage: the SQLite file, or a PostgreSQL URL. Raises ConfigError, without the URL's password."""
-    if url is None:
-        with (database.parent / ".lock").open("a") as handle:  # two that make the tables at once would collide
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            return optuna.storages.RDBStorage(
-                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}, skip_compatibility_check=True
-            )
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except ArgumentError:
-        raise ConfigError("sweep.storage is not a URL; write postgresql://USER@HOST/DATABASE") from None
-    if parsed.get_backend_name() != "postgresql":
-        raise ConfigError(f"sweep.storage: {parsed.drivername} is not supported; use postgresql://USER@HOST/DATABASE")
-    parsed = parsed.set(drivername="postgresql+psycopg")
-    hidden = parsed.render_as_string(hide_password=True)
-    for attempt in range(5):
-        try:
-            return optuna.storages.RDBStorage(
-                parsed.render_as_string(hide_password=False), engine_kwargs={"pool_pre_ping": True}
-            )
-        except ImportError as error:
-            raise ConfigError(f"sweep.storage: {error.name} is missing; pip install 'veritune[sweep]'") from None
-        except OperationalError as error:
-            reason = str(error.orig).strip().splitlines()[0]
-            raise ConfigError(f"sweep.storage: {hidden} cannot be reached: {reason}") from None
-        except SQLAlchemyError:  # another worker makes the tables at this moment
-            if attempt == 4:
-                raise
-            time.sleep(1 + attempt)
-    raise AssertionError
 
 
 def sampler(settings: config.Sweep, seed: int) -> optuna.samplers.BaseSampler:
