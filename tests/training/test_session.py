@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from veritune.training import session as sessions
+from veritune.training.launch import launch
 from veritune.training.session import Session, Stop, age, session
 
 HOUR = 3600
@@ -121,6 +123,12 @@ threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGHUP)).start()
 raise SystemExit(launch(2, ["schema", "--out", os.devnull]))
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_several_processes_take_no_file_here_for_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')")
+    monkeypatch.chdir(tmp_path)
+    assert launch(1, ["--version"]) == 0
 
 
 def test_where_the_loop_does_not_ask_it_is_stopped_but_never_inside_a_whole_block(

@@ -55,7 +55,7 @@ def _start(rank: int, count: int, store: Path, arguments: Sequence[str]) -> "sub
     shared = {name: threads for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS") if name not in os.environ}
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, STORE: store}
     return subprocess.Popen(
-        [sys.executable, "-m", "veritune", *arguments],
+        [sys.executable, "-P", "-m", "veritune", *arguments],  # -P: as the command itself, without what lies here
         env=os.environ | shared | {name: str(value) for name, value in place.items()},
         stdin=subprocess.PIPE,  # nothing is written: it ends when this process does, and so tells them
         start_new_session=True,  # a terminal's Ctrl-C then comes once, from `hand_on`
