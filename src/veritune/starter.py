@@ -90,23 +90,22 @@ def run_file(name: str) -> str:
     """The text of a run file in which only `out` is set; TOML."""
     blocks = [HEAD.format(name=name)]
     items = dataclasses.fields(config.Run)
-    blocks += [_key(config.Run, it, it.name == "out") for it in items if not dataclasses.is_dataclass(it.type)]
+    blocks += [_key(config.Run, it) for it in items if not dataclasses.is_dataclass(it.type)]
     blocks.append(f"\n{_comment(inspect.cleandoc(config.Phase.__doc__ or ''))}\n# [[phases]]\n")
-    blocks += [_key(config.Phase, key, False) for key in dataclasses.fields(config.Phase)]
+    blocks += [_key(config.Phase, key) for key in dataclasses.fields(config.Phase)]
     tables: list[tuple[str, Any]] = [(it.name, it.type) for it in items if dataclasses.is_dataclass(it.type)]
     for name, kind in (*tables, ("sweep", config.Sweep)):
         blocks.append(f"\n{_comment(inspect.cleandoc(kind.__doc__ or ''))}\n[{name}]\n")
-        blocks += [_key(kind, key, False) for key in dataclasses.fields(kind)]
+        blocks += [_key(kind, key) for key in dataclasses.fields(kind)]
     return "\n".join([*blocks, SPACE.lstrip("\n")])
 
 
-def _key(cls: Any, item: Any, is_set: bool) -> str:
-    """A key with its meaning, set or commented out."""
+def _key(cls: Any, item: Any) -> str:
+    """A key with its meaning, commented out; the run's folder is set."""
     about = TypeAdapter(cls).json_schema()["properties"][item.name]
-    default = config.as_dict(config.Run(out=OUT)) if is_set else about
     text = _comment(about.get("description", ""))
-    if is_set:
-        return f"{text}\n{item.name} = {toml(default[item.name])}\n"
+    if cls is config.Run and item.name == "out":
+        return f"{text}\n{item.name} = {toml(OUT)}\n"
     value, note = about.get("default"), ""
     if value is None:
         note = "  # not set by default" if "default" in about else ""
