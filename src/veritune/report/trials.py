@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..quality.metrics import Bools, Floats
+from ..search.space import name
 
 TRIALS, RESULTS = "trials.jsonl", "results.json"
 ENDED = ("complete", "pruned", "diverged", "failed")
@@ -119,7 +120,7 @@ def importance(sweep: Sweep) -> list[tuple[str, float, tuple[float, float]]] | N
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     made = []
     for trial, loss in zip(used, losses, strict=True):
-        params = {key: _choice(trial["params"][key]) for key in kinds}
+        params = {key: name(trial["params"][key]) for key in kinds}
         made.append(optuna.trial.create_trial(params=params, distributions=kinds, value=loss))
     rng, keys = np.random.default_rng(SEED), list(kinds)
     try:
@@ -148,13 +149,9 @@ def _distribution(spec: dict[str, list[Any]]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if "choice" in spec:
-        return CategoricalDistribution([_choice(value) for value in spec["choice"]])
+        return CategoricalDistribution([name(value) for value in spec["choice"]])
     ((kind, (low, high)),) = spec.items()
     return FloatDistribution(low, high, log=kind == "log")
-
-
-def _choice(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class Axis:
 def axis(key: str, spec: dict[str, list[Any]]) -> Axis:
     """A searched setting as an axis."""
     if "choice" in spec:
-        choices = [str(_choice(value)) for value in spec["choice"]]  # as trials name them
+        choices = [str(name(value)) for value in spec["choice"]]
         return Axis(key, -0.5, len(choices) - 0.5, False, choices)
     ((kind, (low, high)),) = spec.items()
     return Axis(key, float(low), float(high), kind == "log", [])

@@ -8,7 +8,6 @@ promoted waits as a dead worker's does.
 """
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -33,7 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .. import config
 from ..errors import ConfigError, MissingError
 from . import asha
-from .space import Axis
+from .space import Axis, name
 from .storage import here_alone, open_storage
 
 BEAT = 5.0
@@ -353,8 +352,3 @@ def pruner(settings: config.Sweep) -> optuna.pruners.BasePruner:
             min_resource=1, max_resource=settings.validations, reduction_factor=settings.reduction
         )
     return optuna.pruners.NopPruner()
-
-
-def name(value: Any) -> Any:
-    """A choice as Optuna can hold it."""
-    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -84,6 +84,11 @@ def read(declared: Mapping[str, Any], run: config.Run, where: str) -> list[Axis]
     return axes
 
 
+def name(value: Value) -> Value:
+    """A choice as Optuna can hold it and as trials name it."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
 def apply(run: config.Run, params: Mapping[str, Value]) -> config.Run:
     """The run with other values under dotted keys. Raises ConfigError if it does not take them."""
     values = config.as_dict(run)
