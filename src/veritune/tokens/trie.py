@@ -91,7 +91,8 @@ def build(rows: Sequence[np.ndarray], min_shared: int = MIN_SHARED) -> Trie:
 
 def split(rows: Sequence[np.ndarray], budget: int, *, sharing: bool = True) -> list[list[int]]:
     """Cuts rows into micro-batches of about equal size, none over `budget` tokens unless one row alone is. Tokens of a
-    common beginning count once, if rows are `sharing` them.
+    common beginning count once, if rows are `sharing` them; fewer than MIN_SHARED a row that are shared past a segment
+    are stored again, and not counted.
 
     Row numbers come in trie order, so rows with a common beginning stay together where they can.
     """
