@@ -61,7 +61,7 @@ def train(
         try:
             if world.first:
                 kept.enter_context(alone_in(folder))
-                for name in ("adapter", "best"):
+                for name in runfolder.ADAPTERS:
                     settle(folder / name)
             check(run.track)
             state = replace(prepare(run, console, base, world), watch=watch, adapters=adapters)
