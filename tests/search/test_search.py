@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from made_sweeps import board, point, prepared, run_values
 from rich.console import Console
 
 from veritune import cli, config
-from veritune.errors import ConfigError, MissingError
+from veritune.errors import ConfigError, MissingError, VerituneError
 from veritune.model import load
 from veritune.report import page
 from veritune.search import search, space
@@ -376,6 +377,27 @@ def test_a_trial_whose_error_ends_every_worker_has_failed_in_the_end(
             swept(values, trials=2)
     trials, _, _ = swept(values, trials=2)
     assert [(trial["state"], trial["attempts"]) for trial in trials] == [("failed", TRIES), ("complete", 1)]
+
+
+def test_each_worker_that_ends_is_told_with_its_own_reason(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = multiprocessing.get_context("fork")
+
+    def child(*unused: Any) -> None:
+        ends = {"worker 0": (0.4, 2), "worker 1": (0, 3), "worker 2": (0.8, 2)}
+        pause, code = ends[multiprocessing.current_process().name]
+        time.sleep(pause)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(search, "child", child)
+    monkeypatch.setattr(search, "PAUSE", 0.01)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    run, printed = config.build(config.Run, values, "test"), io.StringIO()
+    with pytest.raises(VerituneError, match="all workers have ended"):
+        search.sweep(run, config.Sweep(at_once=3), space.read(SPACE, run, "test"), Console(file=printed, width=200))
+    told = re.findall(r"^a worker .*", printed.getvalue(), re.MULTILINE)
+    assert told[:2] == ["a worker ended (3); 2 go on", "a worker ended (2); 1 go on"]
 
 
 def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -184,15 +184,16 @@ def many(board: Board, run: config.Run, rows: int, same: dict[str, Any], progres
         try:
             for process in workers:
                 process.start()
-            left = len(workers)
+            ended: list[Any] = []
             while any(process.is_alive() for process in workers):
                 time.sleep(PAUSE)
                 progress.look()
-                ended = [process for process in workers if process.exitcode not in (None, 0)]
-                if len(workers) - len(ended) < left:
-                    left = len(workers) - len(ended)
-                    why = "found no memory" if ended[-1].exitcode == NO_MEMORY else f"ended ({ended[-1].exitcode})"
-                    progress.console.print(f"a worker {why}; {left} go on", style="yellow", highlight=False)
+                for process in workers:
+                    if process.exitcode not in (None, 0) and process not in ended:
+                        ended.append(process)
+                        why = "found no memory" if process.exitcode == NO_MEMORY else f"ended ({process.exitcode})"
+                        text = f"a worker {why}; {len(workers) - len(ended)} go on"
+                        progress.console.print(text, style="yellow", highlight=False)
         finally:
             for process in workers:
                 if process.is_alive():
