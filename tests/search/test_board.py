@@ -133,6 +133,14 @@ def test_configurations_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
     assert taken(changed.take()).params != alone[0]
 
 
+@pytest.mark.parametrize("name", ["what?", "a%20b", "a#b", "{x}", "ü b"])
+def test_a_sweep_stands_in_its_folder_whatever_the_name(tmp_path: Path, name: str) -> None:
+    assert taken(board(tmp_path / name).take()).number == 0
+    assert (tmp_path / name / "study.db").is_file()
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+    assert line(board(tmp_path / name, join=True).trials()[0])["attempts"] == 1
+
+
 def test_a_sweep_ends_and_more_trials_go_on_with_it(tmp_path: Path) -> None:
     it, other = board(tmp_path / "s", trials=2), board(tmp_path / "s", trials=2)
     first, second = taken(it.take()), taken(other.take())

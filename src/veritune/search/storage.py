@@ -22,8 +22,8 @@ def here_alone(folder: Path) -> Iterator[None]:
 
 
 def open_sqlite(database: Path) -> RDBStorage:
-    options = {"connect_args": {"timeout": 60}}
-    return RDBStorage(f"sqlite:///{database}", engine_kwargs=options, skip_compatibility_check=True)
+    url = sqlalchemy.URL.create("sqlite", database=str(database)).render_as_string()
+    return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_compatibility_check=True)
 
 
 def open_storage(url: str | None, database: Path) -> RDBStorage:
