@@ -162,3 +162,7 @@ def test_a_finished_run_whose_metrics_were_deleted_is_finished_still(tiny_folder
     assert (out / "evaluation.json").read_text() == before
     assert losses(out) == []
     assert len(checkpoints(out)) == 1
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(ConfigError, match=r"holds a finished run whose checkpoints are gone.*train\.start_from"):
+        trained(it)
+    assert (out / "evaluation.json").read_text() == before

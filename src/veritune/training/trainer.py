@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import config
 from ..data.sources import file_hash
 from ..durable import alone_in
-from ..errors import MissingError
+from ..errors import ConfigError, MissingError
 from ..model import adapter, load
 from ..track import Tracker
 from ..trackers.follow import check, following
@@ -94,6 +94,11 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
         saved = load_latest(folder / "checkpoints", warn=console.out)
         if saved is None and begun_from_nothing(run):
             raise MissingError(f"train.start_from = {run.train.start_from!r}: no such adapter folder")
+        if saved is None and (folder / "adapter").exists():
+            raise ConfigError(
+                f"{folder} holds a finished run whose checkpoints are gone: it would be trained anew and its adapters "
+                f"replaced. Move it away, or choose another `out` (train.start_from = '{folder}/adapter' trains on)"
+            )
         runfolder.start(folder, values, lambda earlier: same_so_far(earlier, saved.step if saved else 0))
         return saved
 
