@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,9 @@ def test_a_finished_run_whose_metrics_were_deleted_is_finished_still(tiny_folder
     single = [row for row in rows if row["is_correct"] == bool(questions.index(row["question"]) % 2)]
     data = prepared(single, tmp_path / "d", 8)
     it = settings(tmp_path / "run", data, tiny_folder, validation={"rows": 1})
-    quality, _ = trained(it)
+    quality, printed = trained(it)
     assert math.isnan(quality["auroc"])
+    assert re.search(r"note: all \d validation rows are (True|False): there is no AUROC", printed)
     out = tmp_path / "run"
     before = (out / "evaluation.json").read_text()
     assert json.loads(before)["validation"]["auroc"] is None

@@ -94,8 +94,8 @@ def show_plan(run: Planned, source: "Source", console: Console, rows_per_second:
     ends, have = run.strategy.ends or (), len(source.train.labels)
     if beyond := sum(end > have for end in ends):
         console.out(f"  {beyond} of {len(ends)} strategy.ends lie beyond the {have:,} rows: cut off", highlight=False)
-    for cut in source.cut:
-        console.out(f"note: {cut}", highlight=False)
+    for note in source.notes:
+        console.out(f"note: {note}", highlight=False)
     shown, scored = plan.presentations, _scored(run, source)
     times = shown / len(source.train.labels)
     console.out(

@@ -57,8 +57,8 @@ def show_plan(console: Console, state: "Training", done: int) -> None:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
-    for cut in state.source.cut:
-        console.out(f"note: {cut}", highlight=False)
+    for note in state.source.notes:
+        console.out(f"note: {note}", highlight=False)
 
 
 class Display:

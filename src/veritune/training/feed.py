@@ -64,8 +64,8 @@ class Source:
     slices: tuple[Slice, ...]
     plan: plans.Plan
     fingerprint: str
-    cut: tuple[str, ...]
-    """Settings that name rows beyond those there are."""
+    notes: tuple[str, ...]
+    """What its user should know of these rows."""
 
 
 def read(run: config.Run) -> Source:
@@ -90,22 +90,29 @@ def read(run: config.Run) -> Source:
             values = frame[column].cast(pl.String).fill_null("").to_numpy()
         return Table(rows.groups, rows.labels, values)
 
+    validation = Rows.of(whole_questions(data.validation, run.validation.rows))
     slices = divide(run.strategy, run.phases, table(train, frame), table(held, data.validation), run.train.seed)
     stretches = [part.rows for part in slices]
     return Source(
         train=train,
         held=held,
-        validation=Rows.of(whole_questions(data.validation, run.validation.rows)),
+        validation=validation,
         slices=slices,
         plan=plans.make(run.train, train.groups, train.labels, run.strategy, run.phases, stretches),
         fingerprint=data.fingerprint,
-        cut=_cut(run, len(data.train), len(frame)),
+        notes=_notes(run, len(data.train), len(frame), validation.labels),
     )
 
 
-def _cut(run: config.Run, there: int, chosen: int) -> tuple[str, ...]:
-    """What the settings name beyond the rows: data.rows of those there are, phases of those that it chose."""
+def _notes(run: config.Run, there: int, chosen: int, held: np.ndarray) -> tuple[str, ...]:
+    """What the settings name beyond the rows (data.rows of those there are, phases of those that it chose), and
+    validation rows, with labels `held`, that cannot tell good from bad."""
     out = []
+    if len(set(held.tolist())) == 1:
+        out.append(
+            f"all {len(held):,} validation rows are {bool(held[0])}: there is no AUROC, and best/ is the adapter that "
+            "says so of them the surest. Take more of them (validation.rows), or hold out more (--validation-rows)"
+        )
     if run.data.rows and run.data.rows > there:
         out.append(f"data.rows = {run.data.rows:,}: there are {there:,}")
     for number, phase in enumerate(run.phases, 1):
