@@ -71,6 +71,7 @@ def test_columns_that_tell_rows_apart() -> None:
             "many": [f"m{int(math.sqrt(i))}" if i < 300 else "big" for i in range(400)],
             "alike": ["one"] * 400,
             "different": [f"d{i}" for i in range(400)],
+            "of one source": [f"d{i}" if i % 4 == 0 else None for i in range(400)],
         }
     )
     found = figures.by_column(frame, LABELS, P, GROUPS)

@@ -102,7 +102,8 @@ def by_column(
         if name in known or frame[name].dtype not in (pl.String, pl.Categorical, pl.Boolean, pl.Int64, pl.Int32):
             continue
         found = list(rows_by_value(frame[name].to_list()).items())
-        if len(found) < 2 or len(found[0][1]) < max(2, len(frame) / 100):  # all alike, or all different
+        most = max((len(rows) for value, rows in found if value != "(none)"), default=0)
+        if len(found) < 2 or most < max(2, frame[name].count() / 100):  # all alike, or all different
             continue
         if others := [rows for _, rows in found[MOST_VALUES:]]:
             found[MOST_VALUES:] = [(f"({len(others):,} others)", np.sort(np.concatenate(others)))]
