@@ -187,7 +187,7 @@ def test_the_text_of_a_row_is_what_the_stock_tokenizer_reads(folder: Path, verif
 def test_a_base_that_moved(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "adapter"))
     values(ABOUT, base=str(tmp_path / "gone"))(copy)
-    with pytest.raises(MissingError, match=r"gone.*no such file or folder"):
+    with pytest.raises(MissingError, match=r"say where it is with --model .*gone.*no such file or folder"):
         loaded(copy)
     found = loaded(copy, base=str(tiny_folder))
     assert found.score("Q", ["S"]).tolist() == pytest.approx(loaded(folder).score("Q", ["S"]).tolist(), abs=1e-6)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from .. import config
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, MissingError, ModelError
 from ..tokens.encode import Encoder, encoder
 from ..tokens.prompt import check_answers
 from ..tokens.trie import build, split
@@ -92,7 +92,15 @@ class Verifier:
         settings = config.build(
             config.Model, {"path": base or about.base, "base": precision, "device": device}, "verifier"
         )
-        loaded = load.load_base(settings)
+        try:
+            loaded = load.load_base(settings)
+        except (MissingError, ModelError) as error:
+            if base is not None:
+                raise
+            raise type(error)(
+                f"{path}: no base where it was in training; if it has moved, say where it is with --model (in Python: "
+                f"base). {error}"
+            ) from None
         if about.weights and loaded.weights and about.weights != loaded.weights:
             warn(f"{path}: was trained on other weights than {settings.path} has now, so its scores may mean little")
         load.check_length(loaded, about.frame.max_length)
