@@ -173,6 +173,10 @@ def test_too_many_refused_stop_with_the_counts_unless_allowed(tmp_path, source):
     source.write_text("broken\n" * 5)
     with pytest.raises(DataError, match="no row can be used; all 5 were refused"):
         dataset.prepare([str(source)], tmp_path / "out", Prepare(allow_refused=1))
+    signed = [row | {"is_correct": 1 if row["is_correct"] else -1} for row in made_rows.rows(60)]
+    path = made_rows.write(tmp_path / "signed.csv", signed)
+    with pytest.raises(DataError, match=r"label is neither true nor false \(first: .*signed\.csv:\d+, label '-1'\)"):
+        dataset.prepare([str(path)], tmp_path / "out", Prepare())
 
 
 def test_columns_of_ours_in_a_source_are_kept_under_another_name(tmp_path):

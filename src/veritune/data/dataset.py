@@ -132,7 +132,8 @@ def _read(sources: list[Source], settings: Prepare, rejected: IO[str], tick: Cal
             usable, refused = clean.check(chunk, settings.max_row_bytes)
             for item in refused:
                 read.refused[item.reason] += 1
-                read.first_places.setdefault(item.reason, f"{source.name}:{item.line}")
+                seen = f", {item.detail}" if item.detail else ""
+                read.first_places.setdefault(item.reason, f"{source.name}:{item.line}{seen}")
                 _reject(rejected, source.name, item)
             count += len(usable) + len(refused)
             refused_count += len(refused)
