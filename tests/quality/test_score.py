@@ -429,7 +429,7 @@ def test_a_field_of_ten_megabytes_and_nul_bytes_go_through(tmp_path, scorer, con
 def test_a_place_that_cannot_be_written_is_named_before_anything_is_scored(tmp_path, scorer, console):
     source = write_jsonl(tmp_path / "in.jsonl", some_rows())
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="could not be written"):
+    with pytest.raises(ConfigError, match="nothing can be written in"):
         score(scorer, source, tmp_path / "file" / "out.jsonl", console)
     assert scorer.rows == 0
 

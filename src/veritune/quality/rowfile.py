@@ -196,9 +196,13 @@ def check_target(source: Path, out: Path, *, overwrite: bool) -> None:
 
 
 def check_free(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Raises ConfigError if `out` is a folder, is one of the inputs, or is there and must not be overwritten."""
+    """Raises ConfigError if `out` is a folder, is one of the inputs, is there and must not be overwritten, or could not
+    be written: told before hours of scoring, not after."""
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder; name a file")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ConfigError(f"{out}: nothing can be written in {place}; name a file elsewhere")
     if any(out.exists() and out.samefile(path) for path in inputs):
         raise ConfigError(f"{out}: is the input; name another file")
     if out.exists() and not overwrite:
