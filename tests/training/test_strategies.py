@@ -89,6 +89,15 @@ def test_values_of_a_column_are_dealt_by_size_and_held_out_by_question() -> None
     assert [len(part.rows) for part in capped] == [40, 40, 40]
 
 
+def test_a_slice_of_many_values_or_none_has_a_name_that_can_be_read() -> None:
+    values = np.array([*([""] * 160), *(f"{i:03} " + "long " * 20 for i in range(240))])
+    settings = config.build(config.Strategy, {"kind": "sequential", "slices": 2, "column": "x"}, "test")
+    first, second = divide(settings, (), Table(QUESTIONS, LABELS, values), HELD, 0)
+    assert first.name.startswith("(none), ")
+    assert second.name.endswith("… and 192 others")
+    assert len(second.name) < 400
+
+
 def test_a_question_with_rows_of_several_slices_is_held_out_of_all() -> None:
     mixed = Table(QUESTIONS, LABELS, np.array(["a", "b", "a", "b"] * 100))
     none = Table(np.arange(4), np.arange(4) % 2 == 0, None)

@@ -17,6 +17,8 @@ SLICES = 4
 """Slices where a strategy says nothing of their number or size."""
 HELD_OUT_PART = 0.1
 """At most this part of a slice's rows is its probe, where that is held out of training; whole questions are."""
+NAMED, LETTERS = 8, 40
+"""Values that the name of a slice holds, and letters of each: a column may have thousands."""
 CUT = ("slices", "ends", "slice_rows", "column", "presentations")
 READ = {
     "plain": (),
@@ -173,21 +175,27 @@ def _by_column(strategy: config.Strategy, train: Table, validation: Table, seed:
         rows = np.flatnonzero(member & kept)[: strategy.slice_rows]
         if not len(rows):
             raise ConfigError(
-                f"strategy.column = {strategy.column!r}: nothing is left to train on of {', '.join(group)}; choose "
+                f"strategy.column = {strategy.column!r}: nothing is left to train on of {named(group)}; choose "
                 "fewer slices or a smaller strategy.probe_rows"
             )
         probe = _probe(rows, train.labels, strategy.probe_rows, (seed, 1, number))
-        out.append(Slice(", ".join(group), rows, probe, *held[number]))
+        out.append(Slice(named(group), rows, probe, *held[number]))
     return tuple(out)
+
+
+def named(values: Sequence[str]) -> str:
+    """A column's values for people to read: the first of them, and how many more there are."""
+    shown = [(value if len(value) <= LETTERS else f"{value[: LETTERS - 1]}…") or "(none)" for value in values[:NAMED]]
+    more = f" and {len(values) - NAMED:,} others" if len(values) > NAMED else ""
+    return ", ".join(shown) + more
 
 
 def _grouped(values: np.ndarray, count: int) -> list[list[str]]:
     """Values in `count` groups of about as many rows: the most frequent first, each to the group that has fewest."""
     names, counts = np.unique(values, return_counts=True)
     if len(names) < count:
-        raise ConfigError(
-            f"strategy.slices = {count}: the column has only {len(names)} values: {', '.join(map(str, names))}"
-        )
+        there = named(names.tolist())
+        raise ConfigError(f"strategy.slices = {count}: the column has only {len(names)} values: {there}")
     groups: list[list[str]] = [[] for _ in range(count)]
     sizes = [0] * count
     for place in np.argsort(-counts, kind="stable"):
