@@ -124,6 +124,19 @@ def test_a_slip_in_a_flag_is_told_the_flag(key: str) -> None:
         assert repr(flag) in str(caught.value).partition("did you mean")[2], caught.value
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[phases]\nrows = [0, 9]", r"phases must be a list, each item under \[\[phases\]\]"),
+        ("lora.targets = 'q_proj'", r"lora\.targets must be a list, such as \['q_proj'\]"),
+    ],
+)
+def test_a_single_value_in_place_of_a_list_is_told_the_list(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "run.toml").write_text(f'out = "o"\n{text}\n')
+    with pytest.raises(ConfigError, match=told):
+        config.read_run(tmp_path / "run.toml")
+
+
 def test_slips_are_refused_by_the_command_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,11 @@ def first_line(error: Exception) -> str:
 
 def refused(item: Mapping[str, Any]) -> str:
     """What pydantic says of a value, in a line; item: one of a ValidationError's `errors()`."""
-    return f"{'.'.join(map(str, item['loc']))} = {item['input']!r}: {item['msg'].lower()}"
+    key, value = ".".join(map(str, item["loc"])), item["input"]
+    if item["type"] == "tuple_type":
+        as_list = f"each item under [[{key}]]" if isinstance(value, dict) else f"such as {[value]}"
+        return f"{key} must be a list, {as_list}"
+    return f"{key} = {value!r}: {item['msg'].lower()}"
 
 
 class ConfigError(VerituneError, ValueError):
