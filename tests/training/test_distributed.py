@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from veritune.tokens.trie import build
 from veritune.training import distributed
 from veritune.training.distributed import World, join, shares
 from veritune.training.launch import STORE
+from veritune.training.session import Stop, session
 
 # Shares of a step.
 
@@ -174,6 +176,18 @@ def test_the_death_of_one_is_noticed_by_all(tmp_path: Path) -> None:
     assert found[1] is None
     for text in (found[0], found[2]):
         assert text.startswith("PeerError: another process of this run has ended or does not answer")
+
+
+def test_who_waits_for_one_that_never_comes_hears_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", STORE: str(tmp_path / "store")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=10))
+    monkeypatch.setattr(distributed, "_end_with_launcher", lambda: None)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(Stop, match="SIGTERM"), session(), join("cpu"):
+        pytest.fail("nobody else is there")
+    assert time.monotonic() - began < 5
 
 
 def test_waiting_for_one_that_does_not_answer_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ talks. A process that is alone is a `World` of one, in which nothing here costs 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -155,6 +157,8 @@ def join(device: str) -> Iterator[World]:
     if place:
         _end_with_launcher()
     try:
+        if place:
+            _wait_for_all(place, rank, size)
         url = f"file://{place}?rank={rank}&world_size={size}" if place else "env://"
         store, _, _ = next(rendezvous(url, timeout=TIMEOUT))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -172,6 +176,17 @@ def join(device: str) -> Iterator[World]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _wait_for_all(place: str, rank: int, size: int) -> None:
+    """Waits until every rank has come here. torch's own wait hears no signal, and a rank that one ended while it read
+    its libraries never comes."""
+    Path(f"{place}.{rank}").touch()
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while not all(Path(f"{place}.{other}").exists() for other in range(size)):
+        if time.monotonic() > end:
+            raise RuntimeError("one has not come")
+        time.sleep(0.02)
 
 
 def _end_with_launcher() -> None:
