@@ -5,7 +5,6 @@ Imports of torch and friends wait until a verb needs them, so `--help` answers a
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field
@@ -22,7 +21,7 @@ from .errors import ConfigError, MissingError, VerituneError, first_line, refuse
 from .flags import check, names, paragraphs, parse, run_file, several
 from .redact import redact
 from .suggest import did_you_mean, nearest
-from .training.session import explained, interrupt
+from .training.session import explained, listen
 
 USAGE = f"""veritune {__version__}: fine-tunes a language model into a verifier of mathematical solutions.
 
@@ -341,7 +340,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Entry point of the `veritune` command."""
-    signal.signal(signal.SIGTERM, interrupt)  # before and after a session, which has its own
+    listen()
     try:
         code = run(sys.argv[1:])
         if code == 0:

@@ -164,6 +164,26 @@ def test_a_stop_that_a_library_swallows_comes_again_until_it_is_heard(monkeypatc
         idle(1.2)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_was_swallowed_while_libraries_are_read_stops_the_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+            idle(0.1)
+
+    monkeypatch.setattr(sessions, "_heard", [])
+    before = signal.signal(signal.SIGTERM, sessions.interrupt)
+    try:
+        Swallows()
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"), session():
+            pytest.fail("it begins")
+        assert signal.getsignal(signal.SIGTERM) is sessions.interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_handlers_are_put_back_and_other_threads_have_none() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]

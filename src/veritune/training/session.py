@@ -24,6 +24,7 @@ GRACE = 8.0  # seconds after a signal in which the loop may come to a good end b
 PATIENCE = 25.0  # seconds after a signal in which the run ends, if its disk lets it; a slow replica is not waited for
 CAUTION = 1.25  # of the longest time that a kind of work has taken
 _LOADED = time.monotonic()
+_heard: list[str] = []  # signals that came outside a session
 
 
 class Stop(KeyboardInterrupt):
@@ -175,6 +176,8 @@ def session(hours: float | None = None) -> Iterator[Session]:
         handlers[signal.SIGALRM] = current._insist
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
+        if _heard:  # and this process lives: a library has swallowed the exception
+            raise KeyboardInterrupt(_heard[0])
         yield current
     finally:
         if hasattr(signal, "setitimer"):
@@ -185,7 +188,15 @@ def session(hours: float | None = None) -> Iterator[Session]:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """The handler of a signal outside a session."""
-    raise KeyboardInterrupt(signal.Signals(number).name)
+    _heard.append(signal.Signals(number).name)
+    raise KeyboardInterrupt(_heard[-1])
+
+
+def listen() -> None:
+    """Has signals heard before and after a session, which has its own handlers."""
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as after a shell's `&`
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextmanager
