@@ -98,7 +98,7 @@ class Verifier:
             if base is not None:
                 raise
             raise type(error)(
-                f"{path}: no base where it was in training; if it has moved, say where it is with --model (in Python: "
+                f"{path}: its base cannot be loaded; if it has moved, say where it is with --model (in Python: "
                 f"base). {error}"
             ) from None
         if about.weights and loaded.weights and about.weights != loaded.weights:
