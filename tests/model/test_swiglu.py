@@ -174,3 +174,17 @@ def test_two_of_the_four_widths_that_plain_layers_keep_are_computed_again() -> N
     after = kept(lambda: model(input_ids=IDS).logits.sum(), state)[1]
     wide = 4 * IDS.numel() * model.config.intermediate_size  # bytes of one
     assert (before - after) / len(load.layers(model)) == pytest.approx(2 * wide, rel=0.02)
+
+
+def test_a_gpu_whose_kernels_do_not_work_computes_layer_by_layer_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    assert swiglu.problem(model) is None  # a CPU is not asked
+    monkeypatch.setattr(swiglu, "_fast", lambda wide: True)
+    monkeypatch.setattr(swiglu, "problem_of_kernels", lambda rank: f"no compiler for rank {rank}")
+    swiglu.speed_up(model)
+    assert not fused(model)
+    assert swiglu.problem(model) == "no compiler for rank 4"
+    monkeypatch.setattr(swiglu, "problem_of_kernels", lambda rank: None)
+    swiglu.speed_up(model)
+    assert len(fused(model)) == len(load.layers(model))
+    assert swiglu.problem(model) is None

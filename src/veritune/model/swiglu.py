@@ -1,13 +1,13 @@
 """A gated MLP under LoRA as one autograd function: SwiGLU (Shazeer 2020) between three adapted layers.
 
-What gate and up give is kept without their updates, which are added where it is read. On a GPU that and the products
-with narrow matrices are part of SwiGLU's own pass over its input (`swiglu_kernels`), behind operators that a compiler
-does not look into; elsewhere they are plain products. h = silu(gate) * up is computed again in the backward pass.
+What gate and up give is kept without their updates, which are added where it is read. On a GPU that, and those
+products with narrow matrices that would read all of it once more, are part of SwiGLU's own pass (`swiglu_kernels`),
+behind operators that a compiler does not look into; elsewhere they are plain products. h = silu(gate) * up is computed
+again in the backward pass.
 
 Put in place by changing an instance's class: names and parameters stay the family's own.
 """
 
-import warnings
 from functools import cache
 from typing import Any
 
@@ -103,11 +103,10 @@ def problem_of_kernels(rank: int) -> str | None:
         return "torch comes without Triton here"
     from . import swiglu_kernels
 
-    torch.manual_seed(0)
-    shapes = [(70, rank), *[(70, 200)] * 2, *[(70, rank)] * 2, *[(200, rank)] * 2, (rank, 200)]
+    shapes = (70, 200), (70, rank), *[(70, 200)] * 2, *[(70, rank)] * 2, *[(200, rank)] * 2, (rank, 200)
     try:
-        given = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
-        grad = torch.randn(70, 200, device="cuda").bfloat16()
+        numbers = torch.Generator().manual_seed(0)
+        grad, *given = (torch.randn(shape, generator=numbers).cuda().bfloat16() for shape in shapes)
         found = *swiglu_kernels.forward(*given[1:]), *swiglu_kernels.backward(grad, *given)
         off = furthest(found, (*_plain(*given[1:]), *_plain_backward(grad, *given)))
         return None if off < 0.02 else f"they are off by {off:.0%}"
@@ -182,16 +181,18 @@ def _fused(kind: type) -> type:
 
 
 def speed_up(model: Any) -> None:
-    """Makes a model's gated MLPs `FusedMLP`s on a GPU where the kernels work. On a CPU it would be slower."""
-    weight = model.get_input_embeddings().weight
+    """Makes a model's gated MLPs `FusedMLP`s on a GPU, where the kernels work. On a CPU it would be slower."""
+    if _fast(model.get_input_embeddings().weight) and problem(model) is None:
+        fuse(model)
+
+
+def problem(model: Any) -> str | None:
+    """Why gated MLPs are computed layer by layer on a GPU on which they could be one function; None: they are not."""
     fusible = _fusible(model)
-    if not (fusible and _fast(weight)):
-        return
+    if not (fusible and _fast(model.get_input_embeddings().weight)):
+        return None
     rank = len(next(iter(fusible[0].gate_proj.lora_A.values())).weight)
-    if problem := problem_of_kernels(min(rank, MOST_RANK)):
-        warnings.warn(f"this GPU's kernels for SwiGLU do not work, which is slower: {problem}", stacklevel=2)
-        return
-    fuse(model)
+    return problem_of_kernels(min(rank, MOST_RANK))
 
 
 def fuse(model: nn.Module) -> None:

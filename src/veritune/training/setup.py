@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import config
-from ..model import adapter, load, self_check
+from ..model import adapter, load, self_check, swiglu
 from ..model.compiled import compile_layers, gradients, plain_layers
 from ..model.graphs import launch_bound, own_stream, record
 from ..model.verifier import MICRO_BATCH_TOKENS
@@ -36,6 +36,8 @@ def prepare(
         console.print(slower, style="yellow", markup=False)
     start = run.train.start_from if not begun_from_nothing(run) else None
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
+    if problem := swiglu.problem(model):
+        console.print(f"MLPs are computed layer by layer, which is slower: {problem}", style="yellow", markup=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     state = Training(
         run=run,
