@@ -109,7 +109,7 @@ def _swiglu_backward(
 def forward_parts(width: int) -> int:
     """Among how many programs a token's columns are divided."""
     _, columns, run, _, _ = FORWARD
-    return triton.cdiv(width, columns * run)
+    return int(triton.cdiv(width, columns * run))
 
 
 def forward(
