@@ -26,7 +26,7 @@ from veritune.model import swiglu, swiglu_kernels
 device = torch.device(sys.argv[1])
 # The interpreter cuts bf16 results instead of rounding them: float32 there.
 dtype, allowed = (torch.bfloat16, 0.01) if device.type == "cuda" else (torch.float32, 1e-5)
-sizes = [(70, 200, 16), (3, 1100, 4), (130, 64, 24)]
+sizes = [(70, 200, 24), (3, 600, 4)]
 if device.type == "cuda":
     sizes.append((1000, 4864, 64))
 for tokens, width, rank in sizes:
@@ -49,7 +49,7 @@ def test_kernels_give_what_plain_products_give(device: str) -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
     done = subprocess.run([sys.executable, "-c", CODE, device], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split("\n")) == (4 if device == "cpu" else 5)
+    assert len(done.stdout.split("\n")) == (3 if device == "cpu" else 4)
 
 
 IDS = torch.arange(5, 45)[None]
