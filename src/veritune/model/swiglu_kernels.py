@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
 FORWARD, BACKWARD = (64, 64, 8, 4, 3), (32, 64, 16, 2, 1)
 """Tokens and columns of a block, the blocks of a program, its warps, and blocks that it has on their way at once: the
 fastest of benchmarks/swiglu.py."""
@@ -50,7 +49,7 @@ def _keep(array, values, i, n, tokens, width: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-LOG2E * x))
+    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))  # by -log2(e)
 
 
 @triton.jit(do_not_specialize=["tokens"])
