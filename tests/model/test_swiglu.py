@@ -123,7 +123,7 @@ def test_biases_and_layers_scaled_apart_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "count"),
-    [({}, 3), ({"targets": ("gate_proj", "up_proj")}, 0), ({"dropout": 0.1}, 0), ({"rank": 65}, 0)],
+    [({}, 3), ({"targets": ("gate_proj", "up_proj")}, 0), ({"dropout": 0.1}, 0), ({"rank": 16}, 3), ({"rank": 17}, 0)],
     ids=str,
 )
 def test_it_is_used_where_all_three_layers_have_an_adapter_of_the_usual_kind(
