@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 from transformers import AttentionInterface
 
-from ..errors import ModelError, first_line
+from ..errors import ModelError
 from ..tokens.blocks import blocks_of
 from ..tokens.trie import Trie
+from .kernels import why_not
 
 NAME = "veritune"
 # What some families pass to their attention function and a path cannot express.
@@ -143,14 +143,12 @@ def _fast(q: Tensor, table: Tensor) -> bool:
 
 @cache
 def problem_of_kernels(heads: int, key_heads: int, width: int, dtype: torch.dtype) -> str | None:
-    """Why a GPU's kernels do not work for a model's heads, tried forward and backward: Triton is not there, or cannot
-    compile one, for which it needs a C compiler and Python's headers, or the GPU has not the shared memory that a wide
-    head takes. None: they do."""
-    if not has_triton():
-        return "torch comes without Triton here"
-    from . import trie_kernels
+    """Why a GPU's kernels do not work for a model's heads, tried forward and backward: see `kernels.why_not`; a wide
+    head takes much shared memory. None: they do."""
 
-    try:
+    def attempt() -> str | None:
+        from . import trie_kernels
+
         q, k = (torch.ones(1, n, width, device="cuda", dtype=dtype) for n in (heads, key_heads))
         alone = np.ones(1, dtype=np.int32)
         blocks, until = blocks_of(alone), torch.from_numpy(alone).cuda()
@@ -160,10 +158,8 @@ def problem_of_kernels(heads: int, key_heads: int, width: int, dtype: torch.dtyp
         dq, _, dv = trie_kernels.backward(q, q, k, k, out, logs, *of, 1.0)
         right = all(float((x - to).abs().max()) < 0.02 for x, to in ((out, 1), (dq, 0), (dv, heads // key_heads)))
         return None if right else "its kernels compute something else"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler that is not there can raise
-        return first_line(error)
+
+    return why_not(attempt)
 
 
 def _segments(until: Tensor) -> Iterator[tuple[int, int, Tensor]]:

@@ -6,6 +6,7 @@ one layer or for several that take the same input: q, k and v; gate and up. Noth
 2.11's compiler that gave zero gradients.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,14 @@ def apart(flat: tuple[Any, ...], n: int) -> tuple[Any, Any, Any, list[tuple[Tens
     return flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], frozen
 
 
-def parts_of(layer: Any, dtype: torch.dtype) -> Parts | None:
+def flat_of(parts: list[Parts]) -> tuple[Any, ...]:
+    """What an autograd function of layers takes beside their input: the kind, the scalings, and what `apart` takes."""
+    biases, a, b = ([getattr(part, name) for part in parts] for name in ("bias", "a", "b"))
+    frozen = [tensor for part in parts for tensor in part.frozen]
+    return parts[0].kind, tuple(part.scaling for part in parts), *biases, *a, *b, *frozen
+
+
+def _part(layer: Any, dtype: torch.dtype) -> Parts | None:
     """None for a kind of base layer that `precision.plus` does not know, or dropout between the input and A."""
     (name,) = layer.active_adapters
     parts, dropout = frozen_parts(layer.base_layer), layer.lora_dropout[name]
@@ -77,12 +85,16 @@ def parts_of(layer: Any, dtype: torch.dtype) -> Parts | None:
     return Parts(parts[0], layer.scaling[name], layer.base_layer.bias, a, b, parts[1])
 
 
+def parts_of(layers: Sequence[Any], dtype: torch.dtype) -> list[Parts] | None:
+    """Those of layers that can be computed in one call; None if they cannot."""
+    found = [_part(layer, dtype) for layer in layers if isinstance(layer, FAST) and _plain(layer)]
+    parts = [part for part in found if part is not None]
+    return parts if len(parts) == len(layers) and len({part.kind for part in parts}) == 1 else None
+
+
 def _linears(x: Tensor, parts: list[Parts]) -> tuple[Tensor, ...]:
     """x [..., in] -> [..., out] of each layer."""
-    biases, a, b = ([getattr(part, name) for part in parts] for name in ("bias", "a", "b"))
-    frozen = [tensor for part in parts for tensor in part.frozen]
-    scalings = tuple(part.scaling for part in parts)
-    found = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), parts[0].kind, scalings, *biases, *a, *b, *frozen)
+    found = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), *flat_of(parts))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)
 
 
@@ -99,9 +111,8 @@ class _Group:
         """The result for x of the layer at a place; None if it is to be computed by itself."""
         if place == 0:
             self.drop()
-            found = [parts_of(layer, x.dtype) for layer in self.layers if is_plain(layer)]
-            parts = [part for part in found if part is not None]
-            if len(parts) < len(self.layers) or len({part.kind for part in parts}) > 1:
+            parts = parts_of(self.layers, x.dtype)
+            if parts is None:
                 return None
             self.input, self.found = x, _linears(x, parts)
         elif x is not self.input:
@@ -115,7 +126,7 @@ class _Group:
         self.input, self.found = None, ()
 
 
-def is_plain(layer: Any) -> bool:
+def _plain(layer: Any) -> bool:
     """Whether PEFT's own forward would compute no more than one adapter of the usual kind."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -125,14 +136,14 @@ def is_plain(layer: Any) -> bool:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """The fast path, or None where PEFT's own forward must run."""
-    if args or kwargs or not is_plain(layer):
+    if args or kwargs or not _plain(layer):
         return None
     group = getattr(layer, "group", None)
     if group is not None and torch.is_grad_enabled():
         y = group.give(layer.place, x)
         if y is not None:
             return y
-    parts = parts_of(layer, x.dtype)
+    parts = _part(layer, x.dtype)
     if parts is not None and torch.is_grad_enabled():
         return _linears(x, [parts])[0]
     flat = x.reshape(-1, x.shape[-1])
@@ -159,6 +170,9 @@ class FastLinear4bit(Linear4bit):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
+FAST = FastLinear | FastLinear4bit
+
+
 def speed_up(model: torch.nn.Module) -> None:
     """Gives every plain LoRA linear of a PEFT model the faster forward, but one on a head of float32 results; and those
     that take the same input, one for all."""
@@ -172,7 +186,7 @@ def speed_up(model: torch.nn.Module) -> None:
     for module in model.modules():
         for names in TOGETHER:
             layers: list[Any] = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, FastLinear | FastLinear4bit) for layer in layers):
+            if all(isinstance(layer, FAST) for layer in layers):
                 group = _Group(layers)
                 for place, layer in enumerate(layers):
                     layer.group, layer.place = group, place

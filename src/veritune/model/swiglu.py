@@ -14,14 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
-from ..errors import first_line
-from .lora import FastLinear, FastLinear4bit, Parts, apart, is_plain, parts_of
+from .kernels import why_not
+from .lora import FAST, apart, flat_of, parts_of
 from .precision import plus, plus_back
 from .shape import MOST_RANK, NARROW
-
-FAST = FastLinear | FastLinear4bit
 
 
 @torch.library.custom_op("veritune::swiglu", mutates_args=())
@@ -99,21 +96,18 @@ def furthest(found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
 @cache
 def problem_of_kernels(rank: int) -> str | None:
     """Why a GPU's kernels do not work, tried forward and backward beside plain products; None: they do."""
-    if not has_triton():
-        return "torch comes without Triton here"
-    from . import swiglu_kernels
 
-    shapes = (70, 200), (70, rank), *[(70, 200)] * 2, *[(70, rank)] * 2, *[(200, rank)] * 2, (rank, 200)
-    try:
+    def attempt() -> str | None:
+        from . import swiglu_kernels
+
+        shapes = (70, 200), (70, rank), *[(70, 200)] * 2, *[(70, rank)] * 2, *[(200, rank)] * 2, (rank, 200)
         numbers = torch.Generator().manual_seed(0)
         grad, *given = (torch.randn(shape, generator=numbers).cuda().bfloat16() for shape in shapes)
         found = *swiglu_kernels.forward(*given[1:]), *swiglu_kernels.backward(grad, *given)
         off = furthest(found, (*_plain(*given[1:]), *_plain_backward(grad, *given)))
         return None if off < 0.02 else f"they are off by {off:.0%}"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler that is not there can raise
-        return first_line(error)
+
+    return why_not(attempt)
 
 
 class _LoraMLP(torch.autograd.Function):
@@ -158,21 +152,12 @@ class FusedMLP:
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self._parts(x.dtype) if torch.is_grad_enabled() else None
-        if parts is None:
-            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
-        biases, a, b = ([getattr(part, name) for part in parts] for name in ("bias", "a", "b"))
-        frozen = [tensor for part in parts for tensor in part.frozen]
-        scalings = tuple(part.scaling for part in parts)
-        y = _LoraMLP.apply(x.reshape(-1, x.shape[-1]), parts[0].kind, scalings, *biases, *a, *b, *frozen)
-        return y.view(x.shape)
-
-    def _parts(self, dtype: torch.dtype) -> list[Parts] | None:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        found = [parts_of(layer, dtype) for layer in layers if isinstance(layer, FAST) and is_plain(layer)]
-        parts = [part for part in found if part is not None]
-        same = len({(part.kind, len(part.a)) for part in parts}) == 1
-        return parts if len(parts) == 3 and same and len(parts[0].a) <= MOST_RANK else None
+        parts = parts_of(layers, x.dtype) if torch.is_grad_enabled() else None
+        ranks = {len(part.a) for part in parts or ()}
+        if parts is None or len(ranks) > 1 or max(ranks) > MOST_RANK:
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        return _LoraMLP.apply(x.reshape(-1, x.shape[-1]), *flat_of(parts)).view(x.shape)
 
 
 @cache

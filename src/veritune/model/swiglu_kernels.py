@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernels import padded
+
 FORWARD, BACKWARD = (64, 64, 8, 4, 3), (32, 64, 16, 2, 1)
 """Tokens and columns of a block, the blocks of a program, its warps, and blocks that it has on their way at once: the
 fastest of benchmarks/swiglu.py."""
@@ -120,7 +122,7 @@ def forward(
     rows, columns, run, warps, stages = FORWARD
     out, parts = torch.empty_like(gate), gate.new_empty(forward_parts(width), tokens, rank, dtype=torch.float32)
     _swiglu[triton.cdiv(tokens, rows), len(parts)](
-        gate, up, low_gate, low_up, b_gate, b_up, a, out, parts, tokens, width, rank, _ranks(rank), rows, columns, run,
+        gate, up, low_gate, low_up, b_gate, b_up, a, out, parts, tokens, width, rank, padded(rank), rows, columns, run,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, parts
@@ -139,11 +141,6 @@ def backward(
     parts = gate.new_empty(grid[1], 3, width, rank, dtype=torch.float32)
     _swiglu_backward[grid](
         grad, grad_low, gate, up, low_gate, low_up, b_gate, b_up, a, grad_gate, grad_up, parts, tokens, width, rank,
-        _ranks(rank), rows, columns, run, num_warps=warps, num_stages=stages,
+        padded(rank), rows, columns, run, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return grad_gate, grad_up, parts.sum(0)
-
-
-def _ranks(rank: int) -> int:
-    """A rank as kernels count it: matrix units take powers of two, of 16 or more."""
-    return max(16, int(triton.next_power_of_2(rank)))

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tokens.blocks import BLOCK
+from .kernels import padded
 
 LOG2E = 1.4426950408889634
 WARPS, STAGES = 4, 2
@@ -179,7 +180,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, until: Tensor, table: Tensor, scale
     the logarithms to base 2 of the softmax's sums, float32 [heads, T]."""
     tokens, heads, width = q.shape
     out, logs = torch.empty_like(q), q.new_empty((heads, tokens), dtype=torch.float32)
-    columns = _columns(width)
+    columns = padded(width)
     _forward[triton.cdiv(tokens, BLOCK), heads](
         q, k, v, until, table, out, logs, tokens, scale * LOG2E, heads, heads // k.shape[1], width, columns, BLOCK,
         num_warps=WARPS, num_stages=STAGES,
@@ -193,7 +194,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v. pieces, sums, parts: those of `tokens.blocks.Blocks`."""
     tokens, heads, width = q.shape
-    key_heads, columns = k.shape[1], _columns(width)
+    key_heads, columns = k.shape[1], padded(width)
     blocks = triton.cdiv(tokens, BLOCK)
     sizes = heads, heads // key_heads, width, columns, BLOCK
     how = {"num_warps": WARPS, "num_stages": STAGES}
@@ -211,8 +212,3 @@ def backward(
         num_warps=4,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def _columns(width: int) -> int:
-    """A head's width as kernels count it: matrix units take powers of two, of 16 or more."""
-    return max(16, int(triton.next_power_of_2(width)))
