@@ -1,11 +1,8 @@
 """The attention kernels give the outputs and gradients of plain products in float64, and the same bits every time. Run
 by Triton's interpreter where there is no GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from interpreted import DEVICES, printed
 
 CODE = """
 import sys
@@ -53,12 +50,8 @@ for heads, key_heads, width, questions, each in shapes:
 """
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_they_give_the_outputs_and_gradients_of_plain_products(device: str) -> None:
-    pytest.importorskip("triton", reason="torch comes without Triton here")
-    env = {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
-    done = subprocess.run([sys.executable, "-c", CODE, device], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.split("\n")[:-1]
+    lines = printed(CODE, device)
     assert len(lines) == (8 if device == "cpu" else 18)
     assert any(int(line.split()[1]) > 2 for line in lines[::2])  # gradients that were summed from several parts

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,15 @@ def test_a_trial_that_kills_its_workers_has_failed(tmp_path: Path) -> None:
     assert line(it.trials()[0])["state"] == "failed"
 
 
+def next_after(dies: Callable[[bool], None], folder: Path) -> int:
+    """The trial that a worker takes at once after one that died with it, and one that died early with that."""
+    for early in (False, True):
+        process = FORK.Process(target=dies, args=(early,))
+        process.start()
+        process.join()
+    return taken(board(folder, trials=1).take()).number
+
+
 def test_who_dies_while_it_takes_a_dead_workers_trial_is_not_waited_for(tmp_path: Path) -> None:
     def dies(early: bool) -> None:
         it = board(tmp_path / "s", trials=1)
@@ -198,11 +207,7 @@ def test_who_dies_while_it_takes_a_dead_workers_trial_is_not_waited_for(tmp_path
         it.take()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    for early in (False, True):
-        process = FORK.Process(target=dies, args=(early,))
-        process.start()
-        process.join()
-    assert taken(board(tmp_path / "s", trials=1).take()).number == 0
+    assert next_after(dies, tmp_path / "s") == 0
 
 
 def test_who_dies_while_it_gives_up_a_dead_workers_trial_is_not_waited_for(tmp_path: Path) -> None:
@@ -212,11 +217,7 @@ def test_who_dies_while_it_gives_up_a_dead_workers_trial_is_not_waited_for(tmp_p
         board(tmp_path / "s", trials=1).take()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    for early in (False, True):
-        process = FORK.Process(target=dies, args=(early,))
-        process.start()
-        process.join()
-    assert taken(board(tmp_path / "s", trials=1).take()).number == 0
+    assert next_after(dies, tmp_path / "s") == 0
 
 
 def test_who_dies_while_another_opens_the_board_is_not_waited_for(
