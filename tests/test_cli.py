@@ -428,7 +428,7 @@ cli.main()
 
 
 def test_a_process_ends_before_its_hours_with_all_saved(place: Place, tiny_folder: Path, tmp_path: Path) -> None:
-    out, limit = tmp_path / "run", 30.0
+    out, limit = tmp_path / "run", 20.0
     file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out, train="epochs = 3000")
     args = [sys.executable, "-m", "veritune", "train", str(file), "--hours", str(limit / 3600)]
     began = time.monotonic()
