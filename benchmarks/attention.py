@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=3, default=(9, 3, 64), metavar=("HEADS", "KEY_HEADS", "SIZE"))
     parser.add_argument("--tokens", type=int, default=9000)
     o = parser.parse_args()
-    saved, (heads, key_heads, width) = np.load(o.rows), o.heads
+    saved, (heads, key_heads, width) = dict(np.load(o.rows)), o.heads
     rows = [saved["ids"][a:b] for a, b in pairwise(saved["offsets"][:4097])]
     trie = build([rows[i] for i in split(rows, o.tokens)[0]])
     torch.manual_seed(0)
