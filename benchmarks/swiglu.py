@@ -48,7 +48,7 @@ def main() -> None:
         with patch.object(swiglu_kernels, "FORWARD", how):
             say(f"forward {how}", timed(lambda: swiglu_kernels.forward(*given[1:])), 3)
     for how in BACKWARD:
-        with patch.object(swiglu_kernels, "BACKWARD", how):
+        with patch.multiple(swiglu_kernels, BACKWARD=how, BACKWARD_WIDE=how):
             say(f"backward {how}", timed(lambda: swiglu_kernels.backward(grad, *given)), 5)
 
 

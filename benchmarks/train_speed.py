@@ -86,7 +86,7 @@ def to_nf4(module: torch.nn.Linear) -> Linear4bit:
 def way_of(base: load.Base, rows: list[np.ndarray], o: argparse.Namespace) -> fit.Fit:
     """Micro-batch and recomputed layers as veritune would choose them for steps of these rows, under the cap if any."""
     held = "bf16" if o.unpacked else o.base
-    job = memory.Job(held, config.Lora(), config.Train().optimizer, not o.eager)
+    job = memory.Job(held, config.Lora(rank=o.rank), config.Train().optimizer, not o.eager)
     steps = [rows[i : i + o.examples] for i in range(0, min(len(rows), 8 * o.examples), o.examples)]
     settings = config.Train(
         gradient_checkpointing="on" if o.checkpointing else "auto", micro_batch_tokens=o.micro_batch_tokens
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--model", help="real weights instead of a shape")
     parser.add_argument("--base", default="bf16")
     parser.add_argument("--together", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=config.Lora().rank)
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--micro-batch-tokens", type=int, help="default: as veritune would choose")
     parser.add_argument("--windows", type=int, default=3)
@@ -151,7 +152,7 @@ def main() -> None:
     said = lambda what: print(f"{what} after {time.perf_counter() - started:.0f} s", flush=True)  # noqa: E731
     said("weights made")
     said(f"paths: {self_check.check_paths(base, 2048) or 'ok'}")
-    model = adapter.add_adapter(base, config.Lora(), seed=0, start_from=o.adapter)
+    model = adapter.add_adapter(base, config.Lora(rank=o.rank), seed=0, start_from=o.adapter)
     if o.unpacked:
         precision.hold_unpacked(model)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -29,6 +29,7 @@ if device.type == "cuda":
     sizes.append((1000, 4864, 64))
 else:  # fewer blocks a program: so small, most would be empty, and each takes the interpreter a while
     swiglu_kernels.FORWARD, swiglu_kernels.BACKWARD = (64, 64, 2, 4, 3), (32, 64, 2, 2, 1)
+    swiglu_kernels.BACKWARD_WIDE = (64, 64, 2, 4, 1)
 for tokens, width, rank in sizes:
     torch.manual_seed(0)
     shapes = [(tokens, rank), *[(tokens, width)] * 2, *[(tokens, rank)] * 2, *[(width, rank)] * 2, (rank, width)]
@@ -119,7 +120,7 @@ def test_biases_and_layers_scaled_apart_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "count"),
-    [({}, 3), ({"targets": ("gate_proj", "up_proj")}, 0), ({"dropout": 0.1}, 0), ({"rank": 16}, 3), ({"rank": 17}, 0)],
+    [({}, 3), ({"targets": ("gate_proj", "up_proj")}, 0), ({"dropout": 0.1}, 0), ({"rank": 64}, 3), ({"rank": 65}, 0)],
     ids=str,
 )
 def test_it_is_used_where_all_three_layers_have_an_adapter_of_the_usual_kind(

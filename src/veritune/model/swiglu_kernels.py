@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .kernels import padded
 
-FORWARD, BACKWARD = (64, 64, 8, 4, 3), (32, 64, 16, 2, 1)
+FORWARD, BACKWARD, BACKWARD_WIDE = (64, 64, 8, 4, 3), (32, 64, 16, 2, 1), (64, 64, 16, 4, 1)
 """Tokens and columns of a block, the blocks of a program, its warps, and blocks that it has on their way at once: the
-fastest of benchmarks/swiglu.py."""
+fastest of benchmarks/swiglu.py, or near it; backward, at ranks up to 16 and above."""
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def backward(
     """The gradient of h is grad [T, n] + grad_low A, grad_low [T, r] -> the gradients of gate and up [T, n], and those
     of B of gate, of B of up and of A^T, float32 [3, n, r]."""
     (tokens, width), rank = gate.shape, len(a)
-    rows, columns, run, warps, stages = BACKWARD
+    rows, columns, run, warps, stages = BACKWARD if padded(rank) == 16 else BACKWARD_WIDE
     grid = triton.cdiv(width, columns), triton.cdiv(tokens, rows * run)
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
     parts = gate.new_empty(grid[1], 3, width, rank, dtype=torch.float32)
