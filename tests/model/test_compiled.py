@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from tiny_models import kept, tiny
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from veritune import config
@@ -128,7 +129,7 @@ def test_layers_that_compile_to_something_else_stay_plain(wrong: str, monkeypatc
     def miscompile(layer: Any, **options: Any) -> None:
         def call(states: Tensor, *inputs: Any, **named: Any) -> Tensor:
             if wrong == "broken":
-                raise RuntimeError("no kernel for this")
+                raise BackendCompilerFailed(call, RuntimeError("no kernel for this"), None)
             out = layer.forward(states, *inputs, **named)
             change = out - states
             return states + (change.detach() + 0 * change if wrong == "without gradients" else change / 2)

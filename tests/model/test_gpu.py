@@ -1,8 +1,13 @@
 """On a CUDA GPU: trie attention, compiled and not, against stock transformers + PEFT row by row, in bf16."""
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from interpreted import printed
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -159,6 +164,23 @@ def test_fp8_products_on_the_gpu_are_those_their_numbers_stand_for(compiled):
         found.append(gradients(each, label_logits(each, build(given), device), labels))
     everything = [torch.cat([g.flatten() for g in grads.values()]) for grads in found]
     assert (everything[0] - everything[1]).norm() < 0.3 * everything[1].norm()
+
+
+SCORED_IN_FP8 = """
+from test_gpu import build, compile_layers, label_logits, make, precision, rows, self_check, torch
+
+base, trie = make(8, 2), build(rows())
+self_check.use_paths(base.model)
+precision.to_fp8(base.model, train=False)
+with torch.inference_mode():
+    print(compile_layers(base.model, lambda: label_logits(base.model, trie, base.device), "logits", precision="fp8"))
+"""
+
+
+def test_layers_compile_for_scoring_in_fp8_whether_or_not_an_earlier_process_has_compiled_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(Path(__file__).parent), *sys.path)))
+    assert [printed(SCORED_IN_FP8, "cuda") for _ in range(2)] == [["None"], ["None"]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,5 +1,6 @@
 """Compiled decoder layers for a GPU, used only if they give the gradients, or the scores, that plain ones give."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,8 +50,12 @@ def compile_layers(
     # Outputs of norms and of an MLP's activation are computed again, though products of the backward pass take them:
     # a third less is kept.
     functorch.ban_recompute_materialized_backward = False
-    # Rows that are scaled to FP8 are kept in a program's registers where that is faster, which is tried on the GPU.
-    options = {"triton.multi_kernel": 1} if (what, precision) == ("logits", "fp8") else None
+    options = None
+    if (what, precision) == ("logits", "fp8"):
+        # Rows that are scaled to FP8 are kept in a program's registers where that is faster, which is tried on the GPU,
+        # in every process: torch fails to look up what was faster for kernels that an earlier process has compiled.
+        options = {"triton.multi_kernel": 1}
+        os.environ["TORCHINDUCTOR_DISABLE_MULTI_KERNEL_CACHE"] = "1"
     try:
         plain = compute()
     except torch.OutOfMemoryError as error:
@@ -61,7 +66,8 @@ def compile_layers(
     try:
         compiled = compute()
     except Exception as error:  # whatever a compiler of kernels can raise, plain layers still work
-        reason = f"compiling failed: {first_line(error)}"
+        # torch's own errors say first which of its parts failed, and then why.
+        reason = f"compiling failed: {first_line(getattr(error, 'inner_exception', error))}"
     else:
         off = float((compiled - plain).norm() / plain.norm())
         # Rounding leaves the part along the plain ones as it is, within some per cent; a wrong factor does not.
