@@ -61,15 +61,19 @@ KEPT = {
     # The last two are computed again.
     "fused": Widths(hidden=2, wide=2, query=2, key=2, inner=2, low=1, sums=1),
     # Norm inputs as they come; their outputs and silu(gate) * up are computed again.
-    "compiled": Widths(hidden=2, query=2, key=2, inner=2, low=1, sums=1),
+    **dict.fromkeys(("compiled", "compiled, fused"), Widths(hidden=2, query=2, key=2, inner=2, low=1, sums=1)),
 }
 """What autograd keeps of one layer."""
 
-FIRST = {"plain": Widths(wide=1), "fused": Widths(wide=1), "compiled": Widths(hidden=1)}
+FIRST = {
+    **dict.fromkeys(("plain", "fused"), Widths(wide=1)),
+    **dict.fromkeys(("compiled", "compiled, fused"), Widths(hidden=1)),
+}
 """What the first layer does not keep of that, since its input has no gradient: the first norm's input."""
 
 MLP = {
     "plain": Widths(hidden=1, inner=2), "fused": Widths(hidden=2, inner=3), "compiled": Widths(hidden=2, inner=4),
+    "compiled, fused": Widths(hidden=2, inner=3),
 }  # fmt: skip
 """What lives beside that while the last product of a layer's MLP goes back: gradients, and what is computed again."""
 
@@ -182,10 +186,10 @@ def kept_bytes(shape: Shape, job: Job, tokens: int) -> float:
 
 
 def _mode(shape: Shape, job: Job) -> str:
-    """The tables' key for how layers are computed; "fused": plain ones whose MLP is a `swiglu.FusedMLP`."""
+    """The tables' key for how layers are computed; "fused": their MLP is a `swiglu.FusedMLP`."""
     adapted, lora = {"gate_proj", "up_proj", "down_proj"} <= set(job.lora.targets), job.lora
     fused = shape.narrow and adapted and lora.rank <= MOST_RANK and not lora.dropout and job.precision != "fp32"
-    return "fused" if job.mode == "plain" and fused else job.mode
+    return {"plain": "fused", "compiled": "compiled, fused"}[job.mode] if fused else job.mode
 
 
 def _size(shape: Shape, job: Job, tokens: int, widths: Widths) -> float:
