@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # What is imported is compiled when it is imported: most of what is installed never is.
 INSTALL := $(BIN)/pip install -q --no-compile
-# Tests that hardly start processes or watch a clock run two at a time, all others alone.
-TOGETHER := tests/data tests/model tests/quality tests/tokens
 
 .PHONY: demo test check clean
 
@@ -12,8 +10,8 @@ demo: .venv/ready
 	$(BIN)/veritune demo
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TOGETHER)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(TOGETHER))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not alone'
+	$(BIN)/python -m pytest -m 'alone and not slow'
 
 check: .venv/dev
 	$(BIN)/ruff check src tests benchmarks

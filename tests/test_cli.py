@@ -19,6 +19,8 @@ from veritune.cli import VERBS, run
 from veritune.data import generate
 from veritune.model.verifier import Verifier
 
+pytestmark = pytest.mark.alone
+
 
 @dataclass(frozen=True)
 class Place:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from local_hub import serving
 from tiny_models import write_folder
 
 from veritune.data.generate import write
 from veritune.model import load
+
+pytestmark = pytest.mark.alone
 
 
 def test_rows_and_model_come_from_a_hub_and_later_from_its_cache(tmp_path: Path) -> None:

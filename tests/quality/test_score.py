@@ -289,6 +289,7 @@ score_file(Slow(), open_scoring(source, out, Columns()), out, identity="slow", c
 """
 
 
+@pytest.mark.alone
 def test_the_speed_of_a_small_file_is_that_of_all_its_rows(tmp_path):
     """Its rows are told of in one moment, after all the work."""
 
@@ -306,6 +307,7 @@ def test_the_speed_of_a_small_file_is_that_of_all_its_rows(tmp_path):
     assert 0 < float(told.replace(",", "")) < 10 / 0.1
 
 
+@pytest.mark.alone
 def test_a_killed_process_loses_at_most_a_chunk(tmp_path, console):
     source, out = write_jsonl(tmp_path / "in.jsonl", some_rows(600, questions=40)), tmp_path / "out.jsonl"
     partial, log = tmp_path / "out.jsonl.partial", tmp_path / "log"

@@ -13,6 +13,8 @@ from veritune.cli import run
 from veritune.data import dataset
 from veritune.data.generate import generate
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

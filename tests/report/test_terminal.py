@@ -21,6 +21,8 @@ from veritune.report.braille import curve
 from veritune.report.table import show_runs
 from veritune.report.watch import watch
 
+pytestmark = pytest.mark.alone
+
 
 def printed(call, *args: object, width: int = 120) -> str:
     out = io.StringIO()

@@ -28,6 +28,8 @@ from veritune.search import result
 from veritune.search.board import Board, Lost, Taken
 from veritune.search.result import line
 
+pytestmark = pytest.mark.alone
+
 FORK = multiprocessing.get_context("fork")
 
 

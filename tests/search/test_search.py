@@ -379,6 +379,7 @@ def test_a_trial_whose_error_ends_every_worker_has_failed_in_the_end(
     assert [(trial["state"], trial["attempts"]) for trial in trials] == [("failed", TRIES), ("complete", 1)]
 
 
+@pytest.mark.alone
 def test_each_worker_that_ends_is_told_with_its_own_reason(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,6 +434,7 @@ def test_a_flag_for_what_is_searched_is_refused(
     assert said.endswith(f"declare a [sweep.space] without {key}\n")
 
 
+@pytest.mark.alone
 def test_a_tracker_that_hangs_costs_a_sweep_one_wait_and_one_warning(
     data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,6 +455,7 @@ def test_a_tracker_that_hangs_costs_a_sweep_one_wait_and_one_warning(
     assert ["after 1 s" in logs[0], "after 0.5 s" in logs[1]] == [True, True]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("found", "at_once", "pruner"), [("whole", 2, "none"), ("halved", 1, "asha")])
 def test_two_processes_find_what_one_does_and_a_kill_loses_nothing(
     found: str, at_once: int, pruner: str, tmp_path: Path, request: pytest.FixtureRequest

@@ -23,6 +23,8 @@ from veritune.trackers import follow
 from veritune.trackers.picture import CELL, HEIGHT, LABEL
 from veritune.trackers.worker import numbers
 
+pytestmark = pytest.mark.alone
+
 TABLE = {"true_positive": 5, "false_positive": 6, "true_negative": 7, "false_negative": 8}
 FORGETTING = {
     "slices": [{"name": "first"}, {"name": "second"}],

@@ -351,6 +351,7 @@ def test_the_place_is_found_quickly_at_step_a_million(tmp_path):
     assert time.perf_counter() - begin < 5
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_save_of_half_a_gigabyte_holds_the_loop_for_less_than_a_second(tmp_path):
     group = {f"{i}": torch.randn(16, 4096 * 10) for i in range(64)}  # 42M values: rank 16 on an 8B model

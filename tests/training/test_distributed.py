@@ -35,6 +35,8 @@ from veritune.training.distributed import World, join, shares
 from veritune.training.launch import STORE
 from veritune.training.session import Stop, session
 
+pytestmark = pytest.mark.alone
+
 # Shares of a step.
 
 

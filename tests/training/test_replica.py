@@ -15,6 +15,8 @@ from made_tensors import latest, tensors
 from veritune.errors import CheckpointError
 from veritune.training import checkpoint, replica
 
+pytestmark = pytest.mark.alone
+
 
 def save(local: Path, drive: Path, *steps: int, keep: int = 2) -> list[str]:
     warned = []

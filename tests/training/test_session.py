@@ -16,6 +16,8 @@ from veritune.training import session as sessions
 from veritune.training.launch import launch
 from veritune.training.session import Session, Stop, age, session
 
+pytestmark = pytest.mark.alone
+
 HOUR = 3600
 
 

@@ -13,7 +13,7 @@ from runs import prepared
 from veritune.data.generate import generate
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 STAGES = ("loading", "compiling", "validating", "saving", "replica", "twice", "twice-saving")
 
 

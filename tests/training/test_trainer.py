@@ -495,6 +495,7 @@ def test_a_model_that_looks_back_a_little_only_is_trained_row_by_row(data: Path,
     assert sum(found[-2:]) < sum(found[:2])
 
 
+@pytest.mark.alone
 def test_the_time_until_a_save_is_on_the_disk_is_learnt(
     data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
