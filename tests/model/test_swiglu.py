@@ -158,8 +158,10 @@ def test_without_gradients_without_adapter_and_on_a_cpu_the_layers_compute_as_ev
     assert calls(model, monkeypatch) == 3
     base = load.Base(model.get_base_model(), None, torch.device("cpu"), "fp32", "tiny")
     adapter.remove(base)  # as between the trials of a sweep
+    assert not fused(base.model)
     assert torch.equal(base.model(input_ids=IDS).logits, bare)
     again = adapter.add_adapter(base, config.Lora(rank=8), seed=0)
+    swiglu.fuse(again)
     assert calls(again, monkeypatch) == 3
 
 

@@ -170,6 +170,7 @@ def remove(base: Base) -> None:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, BaseTunerLayer):
                 setattr(parent, name, layer.get_base_layer())
+    swiglu.separate(base.model)  # the next adapter's rank may be one for which the kernels do not work
     if hasattr(base.model, "peft_config"):
         del base.model.peft_config
     base.model.gradient_checkpointing_disable()

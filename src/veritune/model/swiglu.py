@@ -186,6 +186,13 @@ def fuse(model: nn.Module) -> None:
         module.__class__ = _fused(type(module))
 
 
+def separate(model: nn.Module) -> None:
+    """Makes every `FusedMLP` what it was."""
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            module.__class__ = type(module).__bases__[1]
+
+
 def _fusible(model: nn.Module) -> list[Any]:
     names = {f"{family.capitalize()}MLP" for family in NARROW}
     mlps: list[Any] = [module for module in model.modules() if type(module).__name__ in names]
