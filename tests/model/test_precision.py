@@ -64,6 +64,15 @@ def test_an_fp8_model_trains_and_saves_an_adapter_like_any_other(changes):
     assert (grads[0] - grads[1]).norm() < 0.2 * grads[1].norm()
 
 
+def test_layers_whose_widths_a_gpu_does_not_multiply_in_fp8_stay_as_they_are():
+    model = tiny("qwen2_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    precision.to_fp8(model)
+    kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
+    assert kinds["q_proj"] is kinds["down_proj"] is precision.Fp8Linear
+    assert kinds["shared_expert_gate"] is nn.Linear  # of one number for each token
+    assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
 @pytest.fixture
 def nf4(tmp_path):
     tiny("llama").save_pretrained(tmp_path)

@@ -197,14 +197,15 @@ class Fp8Linear(nn.Linear):
 
 
 def to_fp8(model: nn.Module, *, train: bool = True) -> None:
-    """Turns every linear layer inside a model's decoder layers, the adapter's own excepted, into FP8, in place. Not to
-    `train`, it is held once.
+    """Turns every linear layer inside a model's decoder layers, the adapter's own excepted, into FP8, in place; but a
+    GPU's FP8 products take widths in steps of 16 only, so that a gate of one stays as it is. Not to `train`, a weight
+    is held once.
 
     Raises ConfigError on a GPU without FP8 products.
     """
     for layer in layers(model):
         for name, module in layer.named_modules():
-            if type(module) is nn.Linear and "lora_" not in name:
+            if type(module) is nn.Linear and "lora_" not in name and not any(n % 16 for n in module.weight.shape):
                 if module.weight.is_cuda and torch.cuda.get_device_capability(module.weight.device) < (8, 9):
                     raise ConfigError(
                         "model.base = 'fp8': this GPU has no FP8 products (they came with compute capability 8.9); use "
