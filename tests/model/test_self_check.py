@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from transformers import PretrainedConfig
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from veritune import config
-from veritune.errors import ConfigError, MissingError, ModelError
+from veritune.errors import ConfigError, MissingError, ModelError, RoomError
 from veritune.model import attention, load, self_check
 from veritune.model.verdict import label_logits, like_lengths, rowwise_logits
 from veritune.tokens.trie import build
@@ -277,7 +278,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (cut_in_half, "incomplete metadata"),
         (garbage, "header too large"),
         (tensor(lambda it: it.pop(Q)), f"1 weights are not there, {Q} for one"),
-        (tensor(lambda it: it.update({Q: torch.zeros(3, 3)})), "cannot be loaded"),
+        (tensor(lambda it: it.update({Q: torch.zeros(3, 3)})), f"{Q} for one: [3, 3] instead of [64, 64]"),
         (model_type("t5"), "cannot be loaded"),
         (model_type("made_up"), "made_up"),
         (lambda folder: (folder / "config.json").write_text("{nope"), "not a valid JSON file"),
@@ -305,6 +306,20 @@ def test_damaged_folders_are_named(copied: Path, damage: Callable[[Path], Any], 
     assert str(copied) in message
     assert reason in message
     assert "\n" not in message
+
+
+def test_memory_that_runs_out_at_nf4_is_named(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(self: Any, *inputs: Any, **named: Any) -> Any:
+        raise full
+
+    monkeypatch.setattr(Bnb4bitQuantize, "convert", convert)
+    settings = config.Model(path=str(tiny_folder), base="nf4", device="cpu")
+    full: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
+    with pytest.raises(RoomError, match=r"ran out when loading it as nf4: CUDA out of memory\. Tried"):
+        load.load_base(settings)
+    full = ValueError("blocks of 63")
+    with pytest.raises(ModelError, match=r"cannot be loaded: model\.layers\.\d\..*: blocks of 63"):
+        load.load_base(settings)
 
 
 def test_a_path_that_is_not_there_is_missing(tmp_path: Path) -> None:

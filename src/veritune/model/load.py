@@ -5,8 +5,10 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,7 +144,7 @@ def fingerprint(folder: Path | None) -> str | None:
 
 
 def _from_folder(name: str, precision: str, device: torch.device, say: Callable[[str], None]) -> Any:
-    options: dict[str, Any] = {"dtype": DTYPES[precision], "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": DTYPES[precision], "device_map": {"": device}, "ignore_mismatched_sizes": True}
     if precision == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -150,7 +152,12 @@ def _from_folder(name: str, precision: str, device: torch.device, say: Callable[
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except RuntimeError as error:
+        if reason := _logged(error):
+            raise reason from None
+        raise
     model = _whole(loaded)
     if left := sorted(loaded[1]["unexpected_keys"]):
         say(f"{name}: {len(left)} tensors of its files have no place in the model and are left out, {left[0]} for one")
@@ -177,10 +184,27 @@ def _from_gguf(
         return _from_folder(scratch, precision, device, say), tokenizer
 
 
+def _logged(error: RuntimeError) -> RuntimeError | None:
+    """What kept a weight from being converted, such as memory that ran out at its NF4, where transformers' error only
+    points at a report that it has logged: among the variables of the function that raised."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for name, text in getattr(frame.f_locals.get("loading_info"), "conversion_errors", {}).items():
+            if said := re.search(r"^[\w.]*?(\w+Error): (.+)", text, re.MULTILINE):
+                kind = torch.OutOfMemoryError if said[1] == "OutOfMemoryError" else RuntimeError
+                return kind(said[2] if kind is torch.OutOfMemoryError else f"{name}: {said[2]}")
+    return None
+
+
 def _whole(loaded: Any) -> Any:
-    """A model without the report of its loading. Raises ValueError for weights that are not there: transformers would
-    make them up at random."""
+    """A model without the report of its loading. Raises ValueError for weights that are not there or have another
+    shape: transformers would make them up at random."""
     model, report = loaded
+    if report["mismatched_keys"]:
+        name, there, wanted = min(report["mismatched_keys"])
+        raise ValueError(
+            f"{len(report['mismatched_keys'])} weights have another shape than config.json says, {name} for one: "
+            f"{list(there)} instead of {list(wanted)}"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{len(missing)} weights are not there, {missing[0]} for one")
