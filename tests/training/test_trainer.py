@@ -33,7 +33,7 @@ from veritune.model.verifier import Verifier
 from veritune.quality.metrics import log_loss, measure
 from veritune.report import folder
 from veritune.tokens.trie import build
-from veritune.training import checkpoint, progress, status, trainer
+from veritune.training import checkpoint, distributed, progress, replica, status, trainer
 from veritune.training import plan as plans
 from veritune.training import step as steps
 from veritune.training.feed import Micro, Rows
@@ -540,3 +540,20 @@ def test_a_run_whose_terminal_is_gone_goes_on_to_its_end(data: Path, tiny_folder
         trainer.train(run, Console(file=file), watch=leave)
     assert len(losses(tmp_path / "run")) == 6
     assert status.read(tmp_path / "run")["sessions"][-1]["state"] == "finished"
+
+
+def test_other_processes_need_not_wait_for_a_slow_replica(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would for ten minutes, and then take the first one, which does, for dead."""
+    met, copy, found = threading.Event(), replica._copy, []
+
+    def slow(*inputs: Any) -> bool:
+        found.append(met.wait(10))
+        return copy(*inputs)
+
+    monkeypatch.setattr(replica, "_copy", slow)
+    monkeypatch.setattr(distributed.World, "wait", lambda world: met.set())
+    trained(settings(tmp_path / "run", data, tiny_folder, checkpoint={"replica": str(tmp_path / "drive")}))
+    assert found == [True]
+    assert [path.name for path in (tmp_path / "drive").iterdir()] == [checkpoints(tmp_path / "run")[-1].name]

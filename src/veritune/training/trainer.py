@@ -163,13 +163,14 @@ def work(state: Training, folder: Path, console: Console, stop: Session) -> dict
                 where = f"after step {at.done:,}" if at.done else "before the first step"
                 display.say(f"stopped by {stop.reason} {where}; the same command goes on from there")
                 raise
+        saver.wait()
+        world.wait()  # not after the replica, which may take longer than the others would wait
     finally:
         try:
             saver.wait()
         finally:
             saver.close(stop.patience)
             tracker.close()
-    world.wait()
     assert at.quality is not None
     return at.quality
 
