@@ -145,6 +145,28 @@ def test_layers_that_compile_to_something_else_stay_plain(wrong: str, monkeypatc
     assert torch.equal(gradient(made, 1), before)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_dropout_draws_is_not_held_against_compiled_layers(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(layer: Any, **options: Any) -> None:
+        def call(states: Tensor, *inputs: Any, **named: Any) -> Tensor:
+            out = layer.forward(states, *inputs, **named)
+            return states + (out - states) / 2 if wrong else out
+
+        layer._compiled_call_impl = call
+
+    base = load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
+    assert self_check.check_paths(base, 256) is None
+    made = adapter.add_adapter(base, config.Lora(rank=4, dropout=0.15), seed=0)  # a fresh one, as a run has it
+    load.set_training(made)
+    compute = lambda: gradients(made, lambda: loss_of(made, 8))  # noqa: E731
+    plain = compute()
+    assert (compute() - plain).norm() > 0.25 * plain.norm()
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    reason = compile_layers(made, compute)
+    assert reason is None or wrong
+    assert not wrong or "off by" in str(reason)
+
+
 def test_without_memory_to_compare_with_plain_ones_layers_stay_plain() -> None:
     def compute() -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
