@@ -234,6 +234,21 @@ def test_dropout_belongs_to_the_adapter_in_training_only() -> None:
     assert torch.equal(read(1), read(2))
 
 
+def test_layers_that_are_computed_again_drop_nothing_of_the_base() -> None:
+    opt = tiny("opt", ffn_dim=128, word_embed_proj_dim=64, dropout=0.5, attention_dropout=0.5)
+    base = load.Base(opt, None, torch.device("cpu"), "fp32", "opt")
+    model = adapter.add_adapter(base, config.Lora(rank=8, targets=("q_proj", "v_proj")), seed=1)
+    random_adapter(model)
+    found = []
+    for recomputed in (0, 1, 2):
+        load.set_training(model, recomputed=recomputed)
+        loss = model(input_ids=torch.arange(30)[None]).logits.logsumexp(-1).sum()
+        loss.backward()
+        found.append((float(loss.detach()), gradients(model)))
+    for again in found[1:]:
+        assert_equal(again, found[0], tolerance=1e-7)
+
+
 def test_bf16_is_as_exact_as_stock_bf16() -> None:
     """Both round; ours is no further from the float32 result than stock transformers and PEFT are."""
     rows = BATCHES["three levels: instruction, questions"]

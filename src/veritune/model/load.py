@@ -236,10 +236,24 @@ def set_training(model: Any, *, recomputed: int = 0) -> None:
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
-    for number, layer in enumerate(layers(model)):
-        layer.training = number < recomputed  # what transformers asks before it recomputes
     if recomputed:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers(model)[:recomputed]:
+        layer.training = True  # what transformers asks before it recomputes
+        layer._gradient_checkpointing_func = partial(_evaluated, layer, layer._gradient_checkpointing_func)
+
+
+def _evaluated(layer: Any, checkpoint: Callable[..., Any], call: Callable[..., Any], *inputs: Any) -> Any:
+    """Recomputes a layer whose own dropout, such as OPT's, does not work in either pass."""
+
+    def compute(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return call(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(compute, *inputs)
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
