@@ -1,6 +1,7 @@
 """Compiled layers give plain layers' gradients, whatever the number of tokens, or are not used."""
 
 import shutil
+import traceback
 from functools import partialmethod
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._inductor.compile_worker.subproc_pool import SubprocException
+from torch._inductor.exc import InductorError
 
 from veritune import config
 from veritune.model import adapter, attention, graphs, load, self_check
@@ -124,12 +127,17 @@ def test_compiled_layers_recompute_from_outside_without_further_graphs(backend: 
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("wrong", ["without gradients", "halved", "broken"])
+@pytest.mark.parametrize("wrong", ["without gradients", "halved", "broken", "broken in a process of the compiler's"])
 def test_layers_that_compile_to_something_else_stay_plain(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def miscompile(layer: Any, **options: Any) -> None:
         def call(states: Tensor, *inputs: Any, **named: Any) -> Tensor:
             if wrong == "broken":
                 raise BackendCompilerFailed(call, RuntimeError("no kernel for this"), None)
+            if wrong.startswith("broken"):
+                try:
+                    raise RuntimeError("no kernel for this\nRepro command: none")
+                except RuntimeError:
+                    raise InductorError(SubprocException(traceback.format_exc()), None) from None
             out = layer.forward(states, *inputs, **named)
             change = out - states
             return states + (change.detach() + 0 * change if wrong == "without gradients" else change / 2)
@@ -141,7 +149,7 @@ def test_layers_that_compile_to_something_else_stay_plain(wrong: str, monkeypatc
     monkeypatch.setattr(torch.nn.Module, "compile", miscompile)
     reason = compile_layers(made, lambda: gradients(made, lambda: loss_of(made, 1)))
     assert reason is not None
-    assert ("no kernel for this" if wrong == "broken" else "off by") in reason
+    assert ("no kernel for this" if wrong.startswith("broken") else "off by") in reason
     assert torch.equal(gradient(made, 1), before)
 
 

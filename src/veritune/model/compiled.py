@@ -1,6 +1,7 @@
 """Compiled decoder layers for a GPU, used only if they give the gradients, or the scores, that plain ones give."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,8 +68,7 @@ def compile_layers(
     try:
         compiled = compute()
     except Exception as error:  # whatever a compiler of kernels can raise, plain layers still work
-        # torch's own errors say first which of its parts failed, and then why.
-        reason = f"compiling failed: {first_line(getattr(error, 'inner_exception', error))}"
+        reason = f"compiling failed: {_why(error)}"
     else:
         off = _off(compiled, plain)
         # Rounding leaves the part along the plain ones as it is, within some per cent; a wrong factor does not.
@@ -78,6 +78,14 @@ def compile_layers(
         reason = f"compiled layers give {what} that are off by {off:.0%}"
     plain_layers(model)
     return reason
+
+
+def _why(error: Exception) -> str:
+    """torch's own errors say first which of its parts failed, and then why; one that a process of its compiler's met,
+    in the traceback from there."""
+    error = getattr(error, "inner_exception", error)
+    there = re.search(r"^[\w.]+: .+", getattr(error, "details", "").rpartition("Traceback")[2], re.MULTILINE)
+    return there[0] if there else first_line(error)
 
 
 def _off(found: Tensor, wanted: Tensor) -> float:
