@@ -30,7 +30,7 @@ from veritune import cli, config
 from veritune.data.generate import generate
 from veritune.errors import ConfigError
 from veritune.tokens.trie import build
-from veritune.training import distributed
+from veritune.training import distributed, launch
 from veritune.training.distributed import World, join, shares
 from veritune.training.launch import STORE
 from veritune.training.session import Stop, session
@@ -221,6 +221,20 @@ def test_who_stops_leaves_no_threads_of_gloo(tmp_path: Path) -> None:
     assert [process.stdout.read() for process in both if process.stdout] == ["False\n", "False\n"]
     for process in both:  # whose standard input stays open until here: its end would end them
         process.communicate()
+
+
+def test_a_signal_that_comes_while_processes_are_started_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(*unused: Any) -> "subprocess.Popen[bytes]":
+        os.kill(os.getpid(), signal.SIGTERM)
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        return started[-1]
+
+    monkeypatch.setattr(launch, "_start", start)
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    assert launch.launch(3, []) == 130
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

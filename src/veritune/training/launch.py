@@ -40,6 +40,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         try:
             for rank in range(count):
                 ranks.append(_start(rank, count, Path(folder) / "store", arguments))
+                if asked:  # the one that was starting, and those after it, would hear nothing
+                    return 130
             return _watch(ranks, asked)
         finally:
             for process in ranks:
