@@ -177,6 +177,20 @@ def test_scores_are_shown_without_rows_and_with_other_data(finished: Path, data:
         assert 'id="worst"' not in text
 
 
+def test_data_prepared_otherwise_since_is_not_told_as_the_runs(finished: Path, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    for mark, about in ((": name it with --data", manifest | {"fingerprint": "other"}), ("rows read", manifest)):
+        (other / "manifest.json").write_text(json.dumps(about))
+        found = Parsed(written(finished, tmp_path / "r.html", data=other)).text
+        assert mark in found
+        assert ("rows read" in found) == ("veritune prepare" in found) == (about is manifest)
+        compared = tmp_path / "compared.html"
+        page.report([finished, finished], compared, data=other)
+        assert ("rows read" in Parsed(compared.read_text(encoding="utf-8")).text) == (about is manifest)
+
+
 def test_paths_are_no_patterns(finished: Path, data: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run [2]")
     text = written(run, tmp_path / "report.html", data=shutil.copytree(data, tmp_path / "rows [2]"))

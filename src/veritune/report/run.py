@@ -74,9 +74,9 @@ def what(run: RunFolder, data: Path | None) -> Section:
             )
         )
     else:
-        blocks.append(
-            Text(f"The prepared dataset {scored.prepared(run, data)} was not found: name it with --data.", True)
-        )
+        place = scored.prepared(run, data)
+        text = f"{place} is not there, or is not the dataset that the run was trained on: name it with --data."
+        blocks.append(Text(text, True))
     phases = [(x["name"], f"{x['rows']:,}", f"{x['start']:,}", f"{x['steps']:,}") for x in run.phases]
     if len(phases) > 1:
         blocks.append(Table(phases, ("phase", "rows", "from step", "steps"), title="Phases"))

@@ -45,7 +45,7 @@ def load(run: RunFolder, data: Path | None = None) -> Scored | None:
     place = prepared(run, data)
     problem = ""
     try:
-        if manifest(run, data).get("fingerprint") != run.about["resolved"].get("fingerprint"):
+        if not manifest(run, data):
             problem = f"{place} is not there, or is not the dataset that the run was trained on"
         else:
             rows = pl.read_parquet(place / VALIDATION, glob=False).unique("id")
@@ -66,9 +66,10 @@ def prepared(run: RunFolder, data: Path | None) -> Path:
 
 
 def manifest(run: RunFolder, data: Path | None) -> dict[str, Any]:
-    """The prepared folder's manifest; empty where there is none."""
+    """The manifest of the dataset that a run was trained on; empty where its place holds none, or another."""
     try:
         values = json.loads((prepared(run, data) / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    same = isinstance(values, dict) and values.get("fingerprint") == run.about["resolved"].get("fingerprint")
+    return values if same else {}
