@@ -5,6 +5,7 @@ user would run: each stage prints the command that does the same.
 """
 
 import importlib.util
+import shlex
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .quality import evaluate as evaluation
 from .quality import score as scoring
 from .quality import submit as submission
 from .report.page import report
+from .report.words import between
 from .training.trainer import train
 
 QUESTIONS, HELD_OUT = 360, 400
@@ -35,7 +37,10 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
     started = time.perf_counter()
 
     def say(text: str) -> None:
-        console.print(f"\n[bold]{text}[/bold]", soft_wrap=True)
+        console.print(f"\n{text}", style="bold", markup=False, soft_wrap=True)
+
+    def command(number: int, *args: object) -> None:
+        say(f"{number}. {shlex.join(['veritune', *map(str, args)])}")
 
     model = model or embedded_model()
     out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,7 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
         train_files, held_out = [str(out / "train.jsonl")], out / "held-out.jsonl"
         generate.write(Path(train_files[0]), QUESTIONS, seed=1)
         generate.write(held_out, HELD_OUT, solutions_per_question=2, seed=2)
-    say(f"2. veritune prepare {' '.join(train_files)} --out {out / 'prepared'}")
+    command(2, "prepare", *train_files, "--out", out / "prepared")
     dataset.prepare(train_files, out / "prepared", config.Prepare(), console)
     prepared = dataset.load(out / "prepared")
     if held_out is None:
@@ -62,7 +67,7 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
     train(config.build(config.Run, settings, "demo"), console)
 
     adapter = out / "run" / "adapter"
-    say(f"4. veritune evaluate {adapter} {held_out} --baseline")
+    command(4, "evaluate", adapter, held_out, "--baseline")
     verifier = Verifier.load(adapter, merge=False, warn=console.print)
     table = sources.read_table(held_out)
     rows = evaluation.check(table, where=str(held_out))
@@ -74,21 +79,22 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
 
     test = out / "test.jsonl"
     generate.write(test, 25, seed=3)
-    say(f"5. veritune score {adapter} {test} --out {out / 'scored.jsonl'}")
+    command(5, "score", adapter, test, "--out", out / "scored.jsonl")
     target = out / "scored.jsonl"
     lines = scoring.open_scoring(test, target, config.Columns(), overwrite=True)
     scoring.score_file(verifier.score_rows, lines, target, identity=verifier.identity, console=console)
-    say(f"6. veritune submit {adapter} {test} --out {out / 'submission.csv'}")
+    command(6, "submit", adapter, test, "--out", out / "submission.csv")
     entry = submission.open_submission(test, out / "submission.csv", config.Columns(), overwrite=True)
     submission.submit(verifier.score_rows, entry, out / "submission.csv", identity=verifier.identity, console=console)
-    say(f"7. veritune report {out / 'run'} --out {out / 'report.html'}")
+    command(7, "report", out / "run", "--out", out / "report.html")
     report([out / "run"], out / "report.html")
 
     before, after = result["baseline"]["accuracy"], result["adapter"]["accuracy"]
-    low, high = result["adapter"]["accuracy_interval"]
+    interval = between(result["adapter"]["accuracy_interval"])
+    told = f" (95 % interval {interval})" if interval else ""
     say(
         f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. On {result['adapter']['questions']} questions it "
-        f"has never seen, accuracy went from {before:.3f} to {after:.3f} (95 % interval {low:.3f} to {high:.3f})."
+        f"has never seen, accuracy went from {before:.3f} to {after:.3f}{told}."
     )
     for name, what in (
         ("prepared/", "the frozen dataset"),
@@ -99,7 +105,7 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
         ("scored.jsonl", "rows with P(correct)"),
         ("submission.csv", "ID,is_correct"),
     ):
-        console.print(f"  {out / name}  {what}", highlight=False, soft_wrap=True)
+        console.print(f"  {out / name}  {what}", highlight=False, markup=False, soft_wrap=True)
 
 
 def embedded_model() -> str:
