@@ -317,6 +317,16 @@ def test_from_rows_to_an_adapter(place: Place) -> None:
     assert steps == [1, 2, 3, 3]
 
 
+def test_the_next_command_is_one_for_a_shell(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = shutil.copytree(place.run, tmp_path / "my run")
+    capsys.readouterr()
+    again = ["train", str(place.run_file), "--data.rows", "24", "--train.lr", "1e-3", "--out", str(moved)]
+    assert run(again) == 0
+    assert f"Next: veritune evaluate '{moved}/best' FILE" in capsys.readouterr().out
+    assert run(["init", str(tmp_path / "my run.toml")]) == 0
+    assert f"; veritune train '{tmp_path / 'my run.toml'}'" in capsys.readouterr().out
+
+
 def test_evaluate(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
     args = ["evaluate", place.best, place.held_out, "--baseline", "--by", "solver", "--out", out]

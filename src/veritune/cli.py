@@ -5,6 +5,7 @@ Imports of torch and friends wait until a verb needs them, so `--help` answers a
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field
@@ -135,7 +136,7 @@ def train(args: Sequence[str]) -> None:
     console.print(
         f"done: {run.out}/adapter (last), {run.out}/best (lowest validation loss); accuracy "
         f"{quality['accuracy']:.3f}, AUROC {quality['auroc']:.3f} on {quality['rows']:,} held-out rows. "
-        f"Next: veritune evaluate {run.out}/best FILE",
+        f"Next: veritune evaluate {shlex.quote(f'{run.out}/best')} FILE",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -308,7 +309,7 @@ def init(file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RUN
     from .starter import write_run_file
 
     write_run_file(file)
-    print(f"{file}: written. Next: veritune prepare ROWS.csv --out prepared, then veritune train {file}")
+    print(f"{file}: written. Next: veritune prepare ROWS.csv --out prepared; veritune train", shlex.quote(str(file)))
 
 
 def schema(out: Path | None = None) -> None:

@@ -1,6 +1,7 @@
 """What a sweep leaves: its trials as lines, its results as JSON, its best configuration as a run file, and a table."""
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> 
         f"# The best of {count} trials of {board.folder.name}: trial {best['trial']}, validation loss "
         f"{best['loss']:.4f},",
         f"# AUROC {best['auroc'] or float('nan'):.4f}, after {best['best_step']} steps on {rows:,} rows.",
-        f"#   veritune train {board.folder / 'best.toml'}",
+        f"#   veritune train {shlex.quote(str(board.folder / 'best.toml'))}",
         f"out = {toml(found.out)}",
         *([f"phases = {toml(values['phases'])}"] if found.phases else []),
     ]
