@@ -233,6 +233,9 @@ def test_what_training_needs(
     assert "prompt.max_length = 1025" in said(place.prepared, tiny_folder, "--prompt.max-length", "1025")
     assert "positions for 1024 tokens" in said(place.prepared, tiny_folder, "--prompt.max-length", "1025")
     assert "not an adapter folder" in said(place.prepared, tiny_folder, "--train.start-from", str(tmp_path))
+    meant = said(place.prepared, tiny_folder, "--train.start-from", str(place.run))
+    assert f"{place.run}: not an adapter folder" in meant
+    assert meant.endswith(f"; did you mean {place.best}?\n")
     assert not out.exists()
     changed = told(capsys, "train", place.run_file, "--data.rows", "24", "--train.lr", "2e-3")
     assert "train.lr was 0.001, is 0.002" in changed

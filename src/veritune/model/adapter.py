@@ -123,7 +123,8 @@ def load_adapter(
     folder = Path(path).expanduser()
     file = folder / WEIGHTS
     if not (folder / "adapter_config.json").is_file() or not file.is_file():
-        raise MissingError(f"{path}: not an adapter folder (adapter_config.json and {WEIGHTS})")
+        hint = _inner(folder, WEIGHTS)
+        raise MissingError(f"{path}: not an adapter folder (adapter_config.json and {WEIGHTS}){hint}")
     try:
         described: Any = PeftConfig.from_pretrained(str(folder))
         if described.peft_type != PeftType.LORA:
@@ -223,8 +224,7 @@ def read_about(path: str | Path) -> About:
     if not folder.is_dir():
         raise MissingError(f"{path}: no such adapter folder")
     if not (folder / ABOUT).is_file():
-        inner = [name for name in ("best", "adapter") if (folder / name / ABOUT).is_file()]
-        hint = f"; did you mean {folder / inner[0]}?" if inner else ", or it was not made by `veritune train`"
+        hint = _inner(folder, ABOUT) or ", or it was not made by `veritune train`"
         raise MissingError(f"{path}: there is no {ABOUT} in it{hint}")
     try:
         values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -233,3 +233,9 @@ def read_about(path: str | Path) -> About:
         return About(frame, values["base"], values["precision"], values["data"], share, values.get("weights"))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / ABOUT}: damaged ({error})") from None
+
+
+def _inner(folder: Path, file: str) -> str:
+    """`; did you mean RUN/best?` where a run's folder stands for its adapter's, which holds that file; or nothing."""
+    inner = [name for name in ("best", "adapter") if (folder / name / file).is_file()]
+    return f"; did you mean {folder / inner[0]}?" if inner else ""
