@@ -125,6 +125,16 @@ def test_other_weights_under_the_same_path_are_refused(tiny_folder: Path, tmp_pa
     assert json.loads((copied / "run.json").read_text())["resolved"]["model.weights"]
 
 
+def test_a_tokenizer_that_read_other_rows_is_not_called_another(tmp_path: Path) -> None:
+    start(tmp_path, {"fingerprint": "a", "model.tokenizer": "of the rows a"})
+    (tmp_path / "best").mkdir()
+    with pytest.raises(ConfigError, match=r"fingerprint was 'a', is 'b'") as refused:
+        start(tmp_path, {"fingerprint": "b", "model.tokenizer": "of the rows b"})
+    assert "model.tokenizer" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"settings: model\.tokenizer was"):
+        start(tmp_path, {"fingerprint": "a", "model.tokenizer": "of the rows b"})
+
+
 def test_another_tokenizer_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     """With the same weights, as where a hub's repository has changed: rows would be other tokens from then on."""
     data = prepared(generate(8, solutions_per_question=4, seed=1), tmp_path / "d", 8)

@@ -118,7 +118,7 @@ def differences(path: Path, before: bytes, values: dict[str, Any]) -> tuple[conf
         if WEIGHTS not in old:  # of an earlier version
             new.pop(WEIGHTS, None)
             new["model.path"] = values["settings"]["model"]["path"]
-        if TOKENIZER not in old:
+        if TOKENIZER not in old or old.get("fingerprint") != new.get("fingerprint"):  # only on the same rows it tells
             new.pop(TOKENIZER, None)
         begun = values["settings"]["train"]["start_from"]
         if (earlier.train.start_from is None) != (begun is None):
