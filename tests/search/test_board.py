@@ -58,7 +58,8 @@ def worker(folder: Path, settings: dict[str, Any], pause: float) -> None:
             continue
         try:
             with it.living(trial):
-                for step in range(len(trial.curve) + 1, 5):
+                # As a run does, a validation is done again if its report may not have come to its end.
+                for step in range(max(len(trial.curve), 1), 5):
                     time.sleep(random.random() * pause)
                     if it.report(trial, point(step, auroc=trial.number / 100), step, last=step == 4):
                         it.release(trial)
