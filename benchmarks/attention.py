@@ -9,13 +9,13 @@ of any length, and the gradients of those entries are added up for each token in
 import argparse
 import statistics
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import workload
 from torch import Tensor
 
 from veritune.model import attention, trie_kernels
@@ -77,8 +77,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=3, default=(9, 3, 64), metavar=("HEADS", "KEY_HEADS", "SIZE"))
     parser.add_argument("--tokens", type=int, default=9000)
     o = parser.parse_args()
-    saved, (heads, key_heads, width) = dict(np.load(o.rows)), o.heads
-    rows = [saved["ids"][a:b] for a, b in pairwise(saved["offsets"][:4097])]
+    rows, (heads, key_heads, width) = workload.read(o.rows)[0][:4096], o.heads
     trie = build([rows[i] for i in split(rows, o.tokens)[0]])
     torch.manual_seed(0)
     q, k, v, grad = (

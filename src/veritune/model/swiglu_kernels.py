@@ -135,7 +135,7 @@ def backward(
     """The gradient of h is grad [T, n] + grad_low A, grad_low [T, r] -> the gradients of gate and up [T, n], and those
     of B of gate, of B of up and of A^T, float32 [3, n, r]."""
     (tokens, width), rank = gate.shape, len(a)
-    rows, columns, run, warps, stages = BACKWARD if padded(rank) == 16 else BACKWARD_WIDE
+    rows, columns, run, warps, stages = BACKWARD if rank <= 16 else BACKWARD_WIDE
     grid = triton.cdiv(width, columns), triton.cdiv(tokens, rows * run)
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
     parts = gate.new_empty(grid[1], 3, width, rank, dtype=torch.float32)

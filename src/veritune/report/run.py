@@ -74,9 +74,7 @@ def what(run: RunFolder, data: Path | None) -> Section:
             )
         )
     else:
-        place = scored.prepared(run, data)
-        text = f"{place} is not there, or is not the dataset that the run was trained on: name it with --data."
-        blocks.append(Text(text, True))
+        blocks.append(Text(f"{scored.not_its_own(run, data)}: name it with --data.", True))
     phases = [(x["name"], f"{x['rows']:,}", f"{x['start']:,}", f"{x['steps']:,}") for x in run.phases]
     if len(phases) > 1:
         blocks.append(Table(phases, ("phase", "rows", "from step", "steps"), title="Phases"))

@@ -46,7 +46,7 @@ def load(run: RunFolder, data: Path | None = None) -> Scored | None:
     problem = ""
     try:
         if not manifest(run, data):
-            problem = f"{place} is not there, or is not the dataset that the run was trained on"
+            problem = not_its_own(run, data)
         else:
             rows = pl.read_parquet(place / VALIDATION, glob=False).unique("id")
             joined = scores.join(rows.drop("is_correct"), on="id", how="left", maintain_order="left")
@@ -63,6 +63,11 @@ def load(run: RunFolder, data: Path | None = None) -> Scored | None:
 def prepared(run: RunFolder, data: Path | None) -> Path:
     """The prepared folder of a run."""
     return data or Path(run.settings["data"]["path"])
+
+
+def not_its_own(run: RunFolder, data: Path | None) -> str:
+    """What is said where there is no `manifest`."""
+    return f"{prepared(run, data)} is not there, or is not the dataset that the run was trained on"
 
 
 def manifest(run: RunFolder, data: Path | None) -> dict[str, Any]:
