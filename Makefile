@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # What is imported is compiled when it is imported: most of what is installed never is.
 INSTALL := $(BIN)/pip install -q --no-compile
+# Kept for the next process, whatever the shell says: the tests start hundreds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test check clean
 
