@@ -22,8 +22,9 @@ from veritune.data.generate import generate
 from veritune.errors import ConfigError, DataError, MissingError, ModelError
 from veritune.model import adapter, load, self_check
 from veritune.model.adapter import ABOUT
-from veritune.model.verdict import at_share
-from veritune.model.verifier import Verifier, score_ids
+from veritune.model.verdict import at_share, label_logits
+from veritune.model.verifier import Pace, Verifier, score_ids
+from veritune.tokens.trie import Trie
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,59 @@ def test_progress_counts_every_row(verifier: Verifier, rows: tuple[list[str], li
     dataclasses.replace(verifier, budget=400).score_rows(*rows, progress=told.append)
     assert sum(told) == len(rows[0])
     assert len(told) > 3
+
+
+@pytest.mark.parametrize("most", [330, 450])
+def test_half_as_much_at_once_where_memory_runs_out(
+    verifier: Verifier, rows: tuple[list[str], list[str]], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all rows that follow, and with every row told of once."""
+    wanted, said, sizes, told = verifier.score_rows(*rows), list[str](), list[int](), list[int]()
+
+    def small(model: Any, trie: Trie, device: torch.device) -> torch.Tensor:
+        sizes.append(len(trie.ids))
+        if len(trie.ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_logits(model, trie, device)
+
+    monkeypatch.setattr("veritune.model.verifier.label_logits", small)
+    other = dataclasses.replace(verifier, budget=4 * most - 1, pace=Pace(), warn=said.append)
+    kept = [i for i in range(len(rows[0])) if i != 18]  # the longest row
+    questions, solutions = ([texts[i] for i in kept] for texts in rows)
+    assert np.abs(other.score_rows(questions, solutions, told.append) - wanted[kept]).max() < 1e-5
+    assert sum(told) == len(kept)
+    assert min(told) > 0
+    assert said[-1] == f"memory ran out; from here on {other.budget >> len(said):,} tokens are scored at once"
+    before = len(said)
+    sizes.clear()
+    other.score_rows(questions, solutions)
+    assert max(sizes) <= most
+    assert len(said) == before
+
+
+def test_memory_that_does_not_suffice_for_an_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says nothing about whether it fits the base."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Verifier.load(folder)
+
+
+def test_memory_that_does_not_suffice_for_one_row(
+    verifier: Verifier, rows: tuple[list[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("veritune.model.verifier.label_logits", full)
+    said: list[str] = []
+    other = dataclasses.replace(verifier, pace=Pace(), warn=said.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        other.score_rows(*rows)
+    assert 1 <= len(said) <= 6
 
 
 def test_what_a_solution_says_is_not_obeyed(verifier: Verifier, rows: tuple[list[str], list[str]]) -> None:

@@ -138,6 +138,8 @@ def load_adapter(
             model = PeftModel.from_pretrained(
                 base.model, str(folder), config=described, is_trainable=trainable, torch_device=str(base.device)
             )
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError, KeyError, OSError, TypeError, SafetensorError) as error:
         reason = " ".join((str(error).splitlines() or [type(error).__name__])[:2])
         raise ModelError(f"{path}: this adapter does not fit the base model {base.path!r}: {reason}") from error

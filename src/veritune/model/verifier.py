@@ -29,10 +29,12 @@ COMPILE_AFTER = 60.0
 
 @dataclass
 class Pace:
-    """How long a verifier has scored, and whether it was sped up for it."""
+    """How long a verifier has scored, whether it was sped up for it, and how often memory ran out."""
 
     seconds: float = 0.0
     compiled: bool = False
+    halved: int = 0
+    """How often fewer tokens had to be computed at once."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Verifier:
     way: Way
     """How rows are computed: along paths, unless the model's attention is more than they express."""
     budget: int
-    """Tokens computed at once."""
+    """Tokens computed at once, while memory suffices for them."""
     precision: str = "bf16"
     """How the base is held; see `config.Model.base`."""
     train_share: float | None = None
@@ -148,8 +150,9 @@ class Verifier:
         """P(correct) of each row, float64 [rows], in their order. `progress` is told of newly scored rows.
 
         A score does not depend on the rows beside it, but for rounding. On a GPU, who scores for a minute is taken to
-        have more to score: layers are then compiled. Raises DataError for what are not two lists of texts, of one
-        length.
+        have more to score: layers are then compiled. If memory runs out, half as much is computed at once from then on.
+        Raises DataError for what are not two lists of texts, of one length, and torch's OutOfMemoryError where one row
+        alone is too much.
         """
         _check_texts(questions, solutions)
         if len(questions) and self.pace.seconds > COMPILE_AFTER:
@@ -164,7 +167,30 @@ class Verifier:
     ) -> np.ndarray:
         rows, _ = self.encoder.rows(questions, solutions)
         answers = self.encoder.frame.answer_ids
-        return score_ids(self.model, rows, answers, self.device, self.budget, self.way, progress)
+        longest = max(map(len, rows), default=0)
+        told = 0
+        while True:
+            scored = 0
+
+            def tell(more: int) -> None:
+                nonlocal scored, told
+                scored += more
+                if progress and scored > told:  # after memory ran out, rows are scored again
+                    progress(scored - told)
+                told = max(told, scored)
+
+            try:
+                return score_ids(self.model, rows, answers, self.device, self._tokens, self.way, tell)
+            except torch.OutOfMemoryError:
+                if self._tokens <= longest:
+                    raise
+                self.pace.halved += 1
+            # Outside the handler, which holds what had been computed.
+            self.warn(f"memory ran out; from here on {self._tokens:,} tokens are scored at once")
+
+    @property
+    def _tokens(self) -> int:
+        return self.budget >> self.pace.halved
 
     def compile(self, questions: Sequence[str], solutions: Sequence[str]) -> None:
         """Compiles the layers on a GPU, once, if these rows' logits then stay what they are: tens of seconds, after
@@ -174,7 +200,7 @@ class Verifier:
         self.pace.compiled = True
         # A batch as it is scored: kernels are chosen by what is fastest on the first one.
         rows, _ = self.encoder.rows(questions[:1024], solutions[:1024])
-        trie = build([rows[i] for i in split(rows, self.budget)[0]])
+        trie = build([rows[i] for i in split(rows, self._tokens)[0]])
 
         def centred() -> Tensor:
             with torch.inference_mode():
