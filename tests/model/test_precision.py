@@ -64,6 +64,24 @@ def test_an_fp8_model_trains_and_saves_an_adapter_like_any_other(changes):
     assert (grads[0] - grads[1]).norm() < 0.2 * grads[1].norm()
 
 
+def test_fp8_weights_are_held_once_to_score_with_an_adapter_beside_them(tmp_path):
+    made = [load.Base(tiny("qwen2"), None, torch.device("cpu"), "fp8", "tiny") for _ in range(2)]
+    trained = adapter.add_adapter(made[0], config.Lora(rank=4, targets=("q_proj", "gate_proj", "down_proj")), seed=0)
+    for name, value in trained.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(std=0.1)
+    trained.save_pretrained(tmp_path)
+    loaded = adapter.load_adapter(made[1], tmp_path)
+    held = [module for module in loaded.modules() if type(module) is precision.Fp8Linear]
+    assert len(held) == 7 * 2
+    assert not any("column" in name for module in held for name, _ in module.named_buffers())
+    with torch.no_grad():
+        expected, found = (model(input_ids=torch.arange(30)[None]).logits for model in (trained, loaded))
+        with loaded.disable_adapter():
+            assert not torch.equal(loaded(input_ids=torch.arange(30)[None]).logits, found)
+    assert torch.equal(found, expected)
+
+
 def test_layers_whose_widths_a_gpu_does_not_multiply_in_fp8_stay_as_they_are():
     model = tiny("qwen2_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     precision.to_fp8(model)

@@ -108,7 +108,7 @@ def _speed_up(model: Any, base: Base, *, train: bool = True) -> None:
     if train:
         swiglu.speed_up(model)
     if base.precision == "fp8":
-        precision.to_fp8(model)
+        precision.to_fp8(model, train=train)
 
 
 def load_adapter(

@@ -243,7 +243,8 @@ def frozen_parts(module: nn.Module) -> tuple[Kind, tuple[Tensor, ...]] | None:
     if type(module) is nn.Linear:
         return "plain", (module.weight,)
     if type(module) is Fp8Linear:
-        return "fp8", (module.by_row, module.row_scale, module.by_column, module.column_scale)
+        back = (module.by_column, module.column_scale) if hasattr(module, "by_column") else ()
+        return "fp8", (module.by_row, module.row_scale, *back)
     if isinstance(module, Linear4bit) and hasattr(module, "absmax"):
         return "nf4", (module.weight, module.get_buffer("absmax"))
     return None
