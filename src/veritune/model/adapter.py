@@ -177,6 +177,7 @@ def remove(base: Base) -> None:
     if hasattr(base.model, "peft_config"):
         del base.model.peft_config
     base.model.gradient_checkpointing_disable()
+    base.model.eval()  # a layer that was computed again was told that it trains
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
