@@ -235,3 +235,22 @@ def test_what_a_run_started_from_may_be_gone_once_it_has_a_checkpoint(
     never = settings(tmp_path / "never", data, tiny_folder, train={"start_from": str(start)})
     with pytest.raises(MissingError, match=r"train.start_from.*no such adapter folder"):
         trained(never)
+
+
+def test_what_a_run_started_from_is_needed_where_it_scales_as_no_setting_can_say(
+    data: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    trained(settings(tmp_path / "first", data, tiny_folder))
+    start = tmp_path / "first" / "adapter"
+    described = json.loads((start / "adapter_config.json").read_bytes()) | {"use_rslora": True}
+    (start / "adapter_config.json").write_text(json.dumps(described))
+    every = {"every": 2, "keep": 100}
+    run = settings(tmp_path / "run", data, tiny_folder, train={"start_from": str(start)}, checkpoint=every)
+    trained(run)
+    begun = copied_until(run, 2, tmp_path / "begun")
+    start.rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match=r"train.start_from.*scaled by"):
+        trained(begun)
+    (tmp_path / "away").rename(start)
+    trained(begun)
+    assert_same(tmp_path / "begun", tmp_path / "run")

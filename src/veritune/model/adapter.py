@@ -23,6 +23,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from transformers.pytorch_utils import Conv1D
@@ -183,6 +184,12 @@ def remove(base: Base) -> None:
 def weights(model: Any) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the names PEFT saves them by; the tensors themselves, not copies."""
     return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def scalings(model: Any) -> list[float]:
+    """What the adapter's updates are scaled by: alpha / rank, but where an adapter of PEFT's says otherwise."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return sorted({layer.scaling[name] for layer in layers for name in layer.active_adapters})
 
 
 def set_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:

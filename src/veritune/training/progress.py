@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..model import adapter
 from ..quality import metrics
 from ..tokens.encode import encoder
@@ -87,6 +88,7 @@ def save_checkpoint(state: "Training", saver: Saver, at: At) -> None:
     tensors, settings = optimizer_tensors(state.optimizer)
     groups = {"adapter": adapter.weights(state.model), "optimizer": tensors}
     values = {"optimizer": settings, "at": metrics.plain(asdict(at)), "frame": state.about.frame.to_json()}
+    values["scalings"] = adapter.scalings(state.model)
     if state.best:
         groups["best"] = state.best
     if state.fork is not None:
@@ -96,8 +98,15 @@ def save_checkpoint(state: "Training", saver: Saver, at: At) -> None:
 
 
 def restore(state: "Training", saved: Saved) -> At:
-    """Puts a checkpoint back and says how far the run is."""
-    tensors = saved.tensors
+    """Puts a checkpoint back and says how far the run is. Raises ConfigError for weights that would be scaled otherwise
+    than they were, the adapter that the run started from being gone."""
+    tensors, scaled = saved.tensors, adapter.scalings(state.model)
+    if (was := saved.state.get("scalings", scaled)) != scaled:
+        old, new = (", ".join(f"{it:g}" for it in found) for found in (was, scaled))
+        raise ConfigError(
+            f"train.start_from = {state.run.train.start_from!r}: this adapter's updates were scaled by {old}, and "
+            f"without it would be by {new}, as [lora] says: put it back, or name where it lies now"
+        )
     put_back(state, Point(tensors["adapter"], tensors["optimizer"], saved.state["optimizer"]))
     state.best = tensors.get("best", {})
     if "fork" in saved.state:
