@@ -1,17 +1,20 @@
 """How settings and a tokenizer become a frame, and which ones are refused."""
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
 import polars as pl
 import pytest
 from tiny_models import CHAT, byte_level, worked_text
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from veritune import config
-from veritune.errors import ConfigError
+from veritune.errors import ConfigError, ModelError
 from veritune.tokens.encode import encoder
-from veritune.tokens.prompt import Frame, render
+from veritune.tokens.prompt import Frame, check_answers, render
 from veritune.training.feed import Rows
 
 
@@ -206,3 +209,15 @@ def test_the_texts_of_training_make_the_words_single_tokens() -> None:
     tokenizer = byte_level(worked_text(20))
     for answers in (("True", "False"), ("Yes", "No")):
         assert len(set(render(config.Prompt(answers=answers), tokenizer).answer_ids)) == 2
+
+
+def test_the_answers_of_a_tokenizer_that_lowers_what_it_reads_are_its_words() -> None:
+    words = ["[UNK]", "true", "false", "yes"]
+    model = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    model.normalizer, model.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="[UNK]")
+    frame = render(config.Prompt(template="plain"), tokenizer)
+    assert [words[place] for place in frame.answer_ids] == ["true", "false"]
+    check_answers(frame, tokenizer)
+    with pytest.raises(ModelError, match="another base model"):
+        check_answers(dataclasses.replace(frame, answer_ids=(words.index("yes"), frame.answer_ids[1])), tokenizer)
