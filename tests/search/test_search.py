@@ -21,7 +21,9 @@ from made_sweeps import board, point, prepared, run_values
 from rich.console import Console
 
 from veritune import cli, config
-from veritune.errors import ConfigError, MissingError, VerituneError
+from veritune.data import dataset
+from veritune.data.generate import generate
+from veritune.errors import ConfigError, DataError, MissingError, VerituneError
 from veritune.model import load
 from veritune.report import page
 from veritune.search import search, space
@@ -413,7 +415,23 @@ def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_fo
         swept({**values, "lora": {"targets": ["q_proj", "nonsense"]}})
     with pytest.raises(ConfigError, match=r"sweep.pruner = 'asha' with sweep.validations = 1: .* 2 or more"):
         swept(values, pruner="asha", validations=1)
+    with pytest.raises(DataError, match=r"all 1 rows to train on are (True|False).* more of them \(sweep\.rows\)"):
+        swept(values, rows=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_rows_of_one_label_are_noted_since_trials_are_ranked_by_them(
+    data: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = generate(16, solutions_per_question=4, seed=1)
+    questions = list(dict.fromkeys(row["question"] for row in rows))
+    single = [row for row in rows if row["is_correct"] == bool(questions.index(row["question"]) % 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single), encoding="utf-8")
+    dataset.prepare([str(tmp_path / "rows.jsonl")], tmp_path / "d", config.Prepare(validation_rows=8))
+    values = run_values(tmp_path / "run", tmp_path / "d", tiny_folder) | {"validation": {"rows": 1}}
+    _, printed, folder = swept(values, trials=1, validations=1)
+    assert re.search(r"note: all \d validation rows are (True|False): there is no AUROC", printed)
+    assert "AUROC -, after" in (folder / "best.toml").read_text()
 
 
 @pytest.mark.parametrize(

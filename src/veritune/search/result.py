@@ -92,7 +92,7 @@ def run_file(board: Board, run: config.Run, best: dict[str, Any], rows: int) -> 
     text = [
         f"# The best of {count} trials of {board.folder.name}: trial {best['trial']}, validation loss "
         f"{best['loss']:.4f},",
-        f"# AUROC {best['auroc'] or float('nan'):.4f}, after {best['best_step']} steps on {rows:,} rows.",
+        f"# AUROC {figure(best['auroc'])}, after {best['best_step']} steps on {rows:,} rows.",
         f"#   veritune train {shlex.quote(str(board.folder / 'best.toml'))}",
         f"out = {toml(found.out)}",
         *([f"phases = {toml(values['phases'])}"] if found.phases else []),

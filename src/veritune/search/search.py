@@ -17,8 +17,9 @@ from rich.console import Console
 
 from .. import config
 from ..data import dataset
-from ..errors import ConfigError, DataError, VerituneError
+from ..errors import ConfigError, VerituneError
 from ..model import adapter, load
+from ..training import feed
 from ..training.session import Session, age
 from . import asha, result, space
 from .board import Board, open_board
@@ -44,11 +45,9 @@ def sweep(
     KeyboardInterrupt once a signal or `session.hours` has ended it.
     """
     data = dataset.load(Path(run.data.path))
-    rows = min(settings.rows or len(data.train), run.data.rows or len(data.train), len(data.train))
-    if not rows or data.validation.is_empty():
-        raise DataError(
-            f"{run.data.path}: a sweep needs rows in both train and validation; prepare it with --validation-rows N"
-        )
+    wanted = min(settings.rows or len(data.train), run.data.rows or len(data.train))
+    rows = len(feed.trainable(data, wanted, run, "sweep.rows"))
+    held = feed.labels_of(feed.whole_questions(data.validation, run.validation.rows))
     if settings.pruner != "none" and settings.validations == 1:
         raise ConfigError(
             f"sweep.pruner = {settings.pruner!r} with sweep.validations = 1: a trial's only validation is at its end, "
@@ -60,6 +59,8 @@ def sweep(
     same = result.agreed(run, settings, shared, data.fingerprint, rows)
     text = f"{folder}: {settings.trials:,} trials of {rows:,} rows each; searched: {', '.join(shared)}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for note in feed.one_label(held):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     desk = Desk()
     if settings.at_once == 1 and not folder.exists():  # with several workers each loads a model, and this process none
         check(desk.loaded(run.model), run, shared)

@@ -34,14 +34,12 @@ class Rows:
 
     @staticmethod
     def of(frame: pl.DataFrame) -> "Rows":
-        labels = frame["is_correct"]
-        if labels.dtype != pl.Boolean or labels.null_count():
-            raise DataError("the column is_correct holds what is neither true nor false: prepare the data again")
+        labels = labels_of(frame)
         return Rows(
             frame["id"].to_list(),
             frame["question"].to_list(),
             frame["solution"].to_list(),
-            frame["is_correct"].to_numpy().astype(bool),
+            labels,
             metrics.group_ids(frame["qid"].to_list()),
         )
 
@@ -68,20 +66,19 @@ class Source:
     """What its user should know of these rows."""
 
 
+def labels_of(frame: pl.DataFrame) -> np.ndarray:
+    """The rows' labels, bool [rows]. Raises DataError if one is missing."""
+    labels = frame["is_correct"]
+    if labels.dtype != pl.Boolean or labels.null_count():
+        raise DataError("the column is_correct holds what is neither true nor false: prepare the data again")
+    return labels.to_numpy().astype(bool)
+
+
 def read(run: config.Run) -> Source:
     """Reads a run's prepared data and makes its plan. Raises MissingError, DataError and ConfigError."""
     data = dataset.load(Path(run.data.path))
-    frame = data.train if run.data.rows is None else data.train.head(run.data.rows)
-    if frame.is_empty() or data.validation.is_empty():
-        raise DataError(
-            f"{run.data.path}: training needs rows in both train and validation; prepare it with --validation-rows N"
-        )
+    frame = trainable(data, run.data.rows, run)
     train, held = Rows.of(frame), Rows.of(data.validation)
-    if train.labels.all() or not train.labels.any():
-        raise DataError(
-            f"{run.data.path}: all {len(frame):,} rows to train on are {bool(train.labels[0])}, so there is nothing to "
-            "tell apart. Prepare rows with both labels, or choose more of them (data.rows)"
-        )
     column = run.strategy.column
 
     def table(rows: Rows, frame: pl.DataFrame) -> Table:
@@ -104,15 +101,36 @@ def read(run: config.Run) -> Source:
     )
 
 
-def _notes(run: config.Run, there: int, chosen: int, held: np.ndarray) -> tuple[str, ...]:
-    """What the settings name beyond the rows (data.rows of those there are, phases of those that it chose), and
-    validation rows, with labels `held`, that cannot tell good from bad."""
-    out = []
-    if len(set(held.tolist())) == 1:
-        out.append(
-            f"all {len(held):,} validation rows are {bool(held[0])}: there is no AUROC, and best/ is the adapter that "
-            "says so of them the surest. Take more of them (validation.rows), or hold out more (--validation-rows)"
+def trainable(data: dataset.Prepared, rows: int | None, run: config.Run, key: str = "data.rows") -> pl.DataFrame:
+    """The first `rows` train rows, as many as `key` says; None: all. Raises DataError if they teach nothing."""
+    frame = data.train if rows is None else data.train.head(rows)
+    if frame.is_empty() or data.validation.is_empty():
+        raise DataError(
+            f"{run.data.path}: training needs rows in both train and validation; prepare it with --validation-rows N"
         )
+    labels = labels_of(frame)
+    if labels.all() or not labels.any():
+        raise DataError(
+            f"{run.data.path}: all {len(frame):,} rows to train on are {bool(labels[0])}, so there is nothing to "
+            f"tell apart. Prepare rows with both labels, or choose more of them ({key})"
+        )
+    return frame
+
+
+def one_label(held: np.ndarray) -> list[str]:
+    """What to know of validation rows, bool [rows] their labels, that cannot tell a good adapter from a bad one."""
+    if len(set(held.tolist())) != 1:
+        return []
+    return [
+        f"all {len(held):,} validation rows are {bool(held[0])}: there is no AUROC, and the best adapter is the one "
+        "that says so of them the surest. Take more of them (validation.rows), or hold out more (--validation-rows)"
+    ]
+
+
+def _notes(run: config.Run, there: int, chosen: int, held: np.ndarray) -> tuple[str, ...]:
+    """What the settings name beyond the rows (data.rows of those there are, phases of those that it chose), and what
+    to know of validation rows with labels `held`."""
+    out = one_label(held)
     if run.data.rows and run.data.rows > there:
         out.append(f"data.rows = {run.data.rows:,}: there are {there:,}")
     for number, phase in enumerate(run.phases, 1):
