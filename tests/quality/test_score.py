@@ -387,7 +387,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, console):
         ("a.jsonl", b"\n \n", "no rows"),
         ("a.jsonl", b'{"text": "a"}\n', "no column holds the question"),
         ("a.csv", b"problem,text\nx,y\n", "no column holds the solution"),
-        ("a.csv", b"question,solution\na,b\nc\n", r"a.csv:3: wrong number of fields"),
+        ("a.csv", b"question,solution\na,b\nc\n", r"a.csv:3: wrong number of fields \(1 fields, the header has 2\)\. "),
         ("a.csv", b'question,solution\na,b\n"c,d\ne,f\n', "a.csv:3: broken csv"),
         ("a.csv", b"question,solution\na,\xff\nc,d\n", "a.csv:2: not valid UTF-8"),
         ("a.csv", "question,solution\na,b\n".encode("utf-16"), "UTF-16"),

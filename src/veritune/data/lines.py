@@ -41,6 +41,11 @@ class Refused(NamedTuple):
     detail: str
     raw: str
 
+    @property
+    def why(self) -> str:
+        """The reason with its details."""
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
 
 class Line(NamedTuple):
     """A physical line: its number from 1, its bytes with the line end, and whether it was cut for being too long."""

@@ -67,5 +67,4 @@ def _typed(name: str, values: list[Any]) -> pl.Series:
 
 
 def _unreadable(path: Path, number: int, refused: Refused) -> DataError:
-    why = f"{refused.reason} ({refused.detail})" if refused.detail else refused.reason
-    return DataError(f"{path}:{number}: {why}. Every row is needed here: mend this line or take it out")
+    return DataError(f"{path}:{number}: {refused.why}. Every row is needed here: mend this line or take it out")

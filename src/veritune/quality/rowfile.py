@@ -179,7 +179,7 @@ def _whole(found: Iterable[tuple[int, Any]], path: Path, starts: array) -> Itera
             starts.append(line)
             yield {PROBLEM: record.reason} if isinstance(record, Refused) else record
     if refused:
-        shown = "; ".join(f"{path}:{bad.line}: {bad.reason} {bad.detail}".rstrip() for bad in refused[:SHOWN])
+        shown = "; ".join(f"{path}:{bad.line}: {bad.why}" for bad in refused[:SHOWN])
         raise DataError(
             f"{path}: {len(refused):,} of {len(refused) + len(starts):,} records cannot be read, and so could not be "
             f"written again with a score: {shown}{'; …' if len(refused) > SHOWN else ''}. Repair or remove them"

@@ -101,7 +101,7 @@ def _read_sample(path: Path) -> list[str]:
     lines: dict[str, int] = {}
     for line, fields in records:
         if isinstance(fields, Refused):
-            raise DataError(f"{path}:{line}: {fields.reason} {fields.detail}".rstrip())
+            raise DataError(f"{path}:{line}: {fields.why}")
         value = fields[0].strip()
         if not value:
             raise DataError(f"{path}:{line}: has no ID")
