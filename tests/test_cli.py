@@ -299,6 +299,10 @@ def test_what_is_there_is_not_overwritten(place: Place, tmp_path: Path, capsys: 
     shutil.copy(place.held_out, out)
     assert f"{out}: is the input" in told(capsys, "evaluate", place.best, out, "--out", tmp_path / "." / "out.jsonl")
     assert out.read_bytes() == place.held_out.read_bytes()
+    manifest = place.prepared / "manifest.json"
+    before = manifest.read_bytes()
+    assert f"{manifest}: is the input" in told(capsys, "evaluate", place.best, place.prepared, "--out", manifest)
+    assert manifest.read_bytes() == before
     within = out / "figures.json"
     said = told(capsys, "evaluate", place.best, place.held_out, "--out", within)
     assert f"{within}: nothing can be written in {out}" in said

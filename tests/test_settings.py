@@ -264,7 +264,11 @@ def test_a_run_file_to_start_from_is_taken_as_it_is(tmp_path: Path, capsys: pyte
     text = file.read_text()
     assert cli.run(["init", str(file)]) == 2
     assert "is there already" in capsys.readouterr().err
+    assert cli.run(["schema", "--out", str(file)]) == 2
+    assert f"{file}: is there already, and no schema" in capsys.readouterr().err
     assert file.read_text() == text
+    for _ in range(2):  # a schema is written anew
+        assert cli.run(["schema", "--out", str(tmp_path / "run.schema.json")]) == 0
     assert all(len(line) <= 120 for line in text.splitlines() if line.startswith("# ") and " = " not in line)
 
 

@@ -169,7 +169,7 @@ def evaluate(
     """
     import polars as pl
 
-    from .data import dataset, sources
+    from .data import dataset, folder, sources
     from .quality import evaluate as evaluation
     from .quality.rowfile import check_free
     from .quality.score import say
@@ -180,7 +180,7 @@ def evaluate(
         )
     frame: pl.DataFrame = dataset.load(data).validation if data.is_dir() else sources.read_table(data)
     if out:
-        check_free(out, [data], overwrite=True)
+        check_free(out, [data / name for name in folder.OURS] if data.is_dir() else [data], overwrite=True)
     rows = evaluation.check(frame, how.columns, by=by, where=str(data))
     for note in rows.notes:
         say(console, note)

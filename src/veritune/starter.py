@@ -14,6 +14,7 @@ from .errors import ConfigError
 from .sweepkeys import FIXED
 
 OUT = "runs/first"
+TITLE = "veritune run file"
 HEAD = """\
 # A run file of veritune. Every key stands here with its meaning and its default, commented out: take away the # in
 # front of the keys you change. Then:
@@ -43,7 +44,7 @@ def schema() -> dict[str, Any]:
     sweep["properties"]["space"] = _space(found["$defs"])
     found["properties"]["sweep"] = {"$ref": "#/$defs/Sweep"}
     found["$defs"]["Sweep"] = sweep
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "veritune run file"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": TITLE}
 
 
 def _space(tables: dict[str, Any]) -> dict[str, Any]:
@@ -69,12 +70,14 @@ def _space(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_schema(out: Path | None) -> None:
-    """Writes the schema to a file, or prints it."""
+    """Writes the schema to a file, or prints it. Raises ConfigError if the file holds something else, such as a run."""
     text = json.dumps(schema(), indent=1, ensure_ascii=False)
     if out is None:
         print(text)
-    else:
-        out.write_text(text + "\n", encoding="utf-8")
+        return
+    if out.is_file() and TITLE.encode() not in out.read_bytes():
+        raise ConfigError(f"{out}: is there already, and no schema; name another file, such as run.schema.json")
+    out.write_text(text + "\n", encoding="utf-8")
 
 
 def write_run_file(path: Path) -> None:

@@ -21,6 +21,7 @@ from .sources import KIND, MANIFEST, Source, file_hash, is_prepared
 FORMAT = 1
 TRAIN, VALIDATION, REJECTED = "train.parquet", "validation.parquet", "rejected.jsonl"
 FILES = (TRAIN, VALIDATION, REJECTED)
+OURS = (*FILES, MANIFEST)
 
 
 def check_place(out: Path, sources: list[Source]) -> None:
@@ -28,7 +29,7 @@ def check_place(out: Path, sources: list[Source]) -> None:
     things, or holds one of the sources."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: this is a file; name a folder")
-    ours = (*FILES, MANIFEST) if is_prepared(out) else ()
+    ours = OURS if is_prepared(out) else ()
     if out.is_dir() and (others := sorted(path.name for path in out.iterdir() if path.name not in ours)):
         shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         raise ConfigError(f"--out {out}: this folder holds other things ({shown}); name a new one, or move them away")
