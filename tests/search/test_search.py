@@ -411,6 +411,8 @@ def test_what_cannot_be_right_is_said_before_anything_starts(data: Path, tiny_fo
         swept({**values, "data": {"path": str(tmp_path / "none")}})
     with pytest.raises(ConfigError, match=r"prompt.max_length = 1000000: .* has positions for"):
         swept({**values, "prompt": {"max_length": 1_000_000}})
+    with pytest.raises(ConfigError, match=r"prompt.answers: 'Incorrectly so' is 10 tokens"):
+        swept({**values, "prompt": {**values["prompt"], "answers": ["True", "Incorrectly so"]}})
     with pytest.raises(ConfigError, match=r"lora.targets: nonsense names no layer"):
         swept({**values, "lora": {"targets": ["q_proj", "nonsense"]}})
     with pytest.raises(ConfigError, match=r"sweep.pruner = 'asha' with sweep.validations = 1: .* 2 or more"):

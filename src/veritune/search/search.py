@@ -5,7 +5,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from .. import config
 from ..data import dataset
 from ..errors import ConfigError, VerituneError
 from ..model import adapter, load
+from ..tokens.encode import encoder
+from ..tokens.prompt import render
 from ..training import feed
 from ..training.session import Session, age
 from . import asha, result, space
@@ -97,8 +99,10 @@ def sweep(
     return best
 
 
-def check(base: load.Base, run: config.Run, searched: Container[str]) -> None:
-    """Raises ConfigError for what every trial would fail with, since no trial has another value."""
+def check(base: load.Base, run: config.Run, searched: Collection[str]) -> None:
+    """Raises ConfigError and ModelError for what every trial would fail with, since no trial has another value."""
+    if not any(key.startswith("prompt.") for key in searched):
+        encoder(render(run.prompt, base.tokenizer), base.tokenizer)
     if "prompt.max_length" not in searched:
         load.check_length(base, run.prompt.max_length)
     if "lora.targets" not in searched:
