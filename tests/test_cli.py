@@ -450,15 +450,12 @@ def test_a_process_ends_before_its_hours_with_all_saved(place: Place, tiny_folde
     out, limit = tmp_path / "run", 20.0
     file = toml(tmp_path / "run.toml", place.prepared, tiny_folder, out, train="epochs = 3000")
     args = [sys.executable, "-m", "veritune", "train", str(file), "--hours", str(limit / 3600)]
-    for _ in range(2):  # a machine whose drive stands still for seconds does not do so twice
-        began = time.monotonic()
-        done = subprocess.run(args, capture_output=True, text=True, timeout=90)
-        took = time.monotonic() - began
-        assert done.returncode == 130, done.stderr
-        assert "the limit of" in done.stdout
-        if took < limit:
-            break
+    began = time.monotonic()
+    done = subprocess.run(args, capture_output=True, text=True, timeout=90)
+    took = time.monotonic() - began
+    assert done.returncode == 130, done.stderr
     assert took < limit
+    assert "the limit of" in done.stdout
     steps = [line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
     assert (out / "checkpoints" / f"step-{steps[-1]:08d}" / "manifest.json").exists()
 

@@ -133,13 +133,11 @@ def train(args: Sequence[str]) -> None:
         from .training.trainer import train as run_training
 
         quality = run_training(run, console)
-    console.print(
+    console.out(
         f"done: {run.out}/adapter (last), {run.out}/best (lowest validation loss); accuracy "
         f"{quality['accuracy']:.3f}, AUROC {quality['auroc']:.3f} on {quality['rows']:,} held-out rows. "
         f"Next: veritune evaluate {shlex.quote(f'{run.out}/best')} FILE",
         highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
 
 

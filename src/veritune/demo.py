@@ -37,7 +37,7 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
     started = time.perf_counter()
 
     def say(text: str) -> None:
-        console.print(f"\n{text}", style="bold", markup=False, soft_wrap=True)
+        console.out(f"\n{text}", style="bold")
 
     def command(number: int, *args: object) -> None:
         say(f"{number}. {shlex.join(['veritune', *map(str, args)])}")
@@ -105,7 +105,7 @@ def run(out: Path, model: str | None, data: list[str], console: Console) -> None
         ("scored.jsonl", "rows with P(correct)"),
         ("submission.csv", "ID,is_correct"),
     ):
-        console.print(f"  {out / name}  {what}", highlight=False, markup=False, soft_wrap=True)
+        console.out(f"  {out / name}  {what}", highlight=False)
 
 
 def embedded_model() -> str:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from veritune.config import Columns
 from veritune.errors import ConfigError, DataError, MissingError, NonFiniteError
-from veritune.quality.score import open_scoring, score_file
+from veritune.quality.score import open_scoring, say, score_file
 
 SHARED = Path(__file__).parents[2] / "../shared/data/validation.jsonl.gz"
 
@@ -65,6 +65,12 @@ def test_jsonl_keeps_every_byte_of_a_line_and_gets_two_fields(tmp_path, scorer, 
         record = json.loads(after.decode("utf-8-sig"))
         p = p_of(record["question"], record["solution"])
         assert after == body + f', "p_correct": {p!r}, "verdict": {str(p >= 0.5).lower()}}}'.encode() + end
+
+
+def test_a_path_is_told_as_it_is(console):
+    text = "runs/a:b:c/[bold]/" + "long/" * 60
+    say(console, text)
+    assert console.file.getvalue() == text + "\n"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -33,7 +33,7 @@ def show(console: Console, manifest: dict[str, Any], out: Path) -> None:
     """Prints what was read, what became of each row, what may have leaked, and where the dataset is."""
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.out(line, highlight=False)
 
     for line in _first([f"source: {source['name']}, {source['rows']:,} rows" for source in manifest["sources"]]):
         say(line)

@@ -168,17 +168,17 @@ class Verifier:
         rows, _ = self.encoder.rows(questions, solutions)
         answers = self.encoder.frame.answer_ids
         longest = max(map(len, rows), default=0)
-        told = 0
+        scored = told = 0
+
+        def tell(more: int) -> None:
+            nonlocal scored, told
+            scored += more
+            if progress and scored > told:  # after memory ran out, rows are scored again
+                progress(scored - told)
+            told = max(told, scored)
+
         while True:
             scored = 0
-
-            def tell(more: int) -> None:
-                nonlocal scored, told
-                scored += more
-                if progress and scored > told:  # after memory ran out, rows are scored again
-                    progress(scored - told)
-                told = max(told, scored)
-
             try:
                 return score_ids(self.model, rows, answers, self.device, self._tokens, self.way, tell)
             except torch.OutOfMemoryError:

@@ -68,8 +68,8 @@ class Scored:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints plain text as it is: paths are neither broken nor coloured, brackets are no markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Prints plain text as it is: paths are neither broken nor coloured, brackets are no markup, :b: no letter."""
+    console.out(text, highlight=False)
 
 
 def partial_for(rows: RowFile, out: Path, identity: str) -> Partial:

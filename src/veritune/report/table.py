@@ -21,7 +21,7 @@ def show_runs(root: Path, console: Console) -> None:
     validation the loss alone. Raises MissingError."""
     paths = folder.find(root)
     if not paths:
-        console.print(f"no runs under {root}", highlight=False, markup=False, soft_wrap=True)
+        console.out(f"no runs under {root}", highlight=False)
         return
     figures = ("loss", "auroc", "accuracy") if console.width >= WIDE else ("loss",)
     named = [str(path.relative_to(root)) if path != root else path.name for path in paths]
@@ -54,7 +54,7 @@ def show_runs(root: Path, console: Console) -> None:
             reasons.append(f"{name}: {reason}")
     console.print(table, highlight=False)
     for reason in reasons:
-        console.print(reason, style="red", highlight=False, markup=False, soft_wrap=True)
+        console.out(reason, style="red", highlight=False)
 
 
 def loss(run: folder.RunFolder) -> str:

@@ -117,7 +117,7 @@ def tell(trial: dict[str, Any], best: dict[str, Any] | None, console: Console) -
     mark = "; the best so far" if best and best["trial"] == trial["trial"] else ""
     why = f": {trial['error']}" if trial["error"] else ""
     text = f"trial {trial['trial']}: {trial['state']}{figures}{done}{mark}{why}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.out(text, highlight=False)
 
 
 def show(board: Board, trials: list[dict[str, Any]], console: Console) -> None:

@@ -60,9 +60,9 @@ def sweep(
     shared = {axis.key: axis.as_json() for axis in axes}
     same = result.agreed(run, settings, shared, data.fingerprint, rows)
     text = f"{folder}: {settings.trials:,} trials of {rows:,} rows each; searched: {', '.join(shared)}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.out(text, highlight=False)
     for note in feed.one_label(held):
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.out(f"note: {note}", highlight=False)
     desk = Desk()
     if settings.at_once == 1 and not folder.exists():  # with several workers each loads a model, and this process none
         check(desk.loaded(run.model), run, shared)
@@ -95,7 +95,7 @@ def sweep(
         else "no trial was completed, so there is no best.toml"
     )
     if not worker:
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        console.out(said, highlight=False)
     return best
 
 
@@ -147,7 +147,7 @@ class Progress:
         for name in trackers.keys() - self._warned:
             place = f"{self._board.folder}/trials"
             text = f"{name} {trackers[name]} and may lack trials, now and later; all are whole in {place}"
-            self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            self.console.out(text, style="yellow", highlight=False)
         self._warned |= trackers.keys()
 
 

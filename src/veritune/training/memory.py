@@ -65,10 +65,7 @@ KEPT = {
 }
 """What autograd keeps of one layer."""
 
-FIRST = {
-    **dict.fromkeys(("plain", "fused"), Widths(wide=1)),
-    **dict.fromkeys(("compiled", "compiled, fused"), Widths(hidden=1)),
-}
+FIRST = {"plain": Widths(wide=1), "compiled": Widths(hidden=1)}
 """What the first layer does not keep of that, since its input has no gradient: the first norm's input."""
 
 MLP = {
@@ -155,7 +152,7 @@ def peak(shape: Shape, job: Job, batch: Batch, recomputed: int) -> Peak:
     whole = shape.layers - recomputed
     # The inputs of recomputed layers; a narrow last one needs less than those before it, so its own is free by then.
     boundaries = (recomputed - (shape.narrow and not whole)) * batch.tokens * element * shape.hidden
-    first = size(FIRST[mode]) if not recomputed else 0
+    first = size(FIRST[job.mode]) if not recomputed else 0
     # The top of the backward pass; the last layer that kept all; one that was computed again.
     if shape.narrow and whole:
         whole -= 1

@@ -87,8 +87,12 @@ def save_checkpoint(state: "Training", saver: Saver, at: At) -> None:
     """Hands everything a resume needs to the saver, which writes it while training goes on."""
     tensors, settings = optimizer_tensors(state.optimizer)
     groups = {"adapter": adapter.weights(state.model), "optimizer": tensors}
-    values = {"optimizer": settings, "at": metrics.plain(asdict(at)), "frame": state.about.frame.to_json()}
-    values["scalings"] = adapter.scalings(state.model)
+    values = {
+        "optimizer": settings,
+        "at": metrics.plain(asdict(at)),
+        "frame": state.about.frame.to_json(),
+        "scalings": adapter.scalings(state.model),
+    }
     if state.best:
         groups["best"] = state.best
     if state.fork is not None:
