@@ -81,7 +81,7 @@ GRID = (
     Group("qwen", "bf16", 16, (*WIDE, Point(16384, 64))),
     Group("8b", "bf16", 16, WIDE),
     Group("8b", "nf4", 16, FEW),
-    Group("8b", "bf16", 16, (*FEW, Point(8192, 4096), Point(16384, 1024, 1, 32)), compiled=True, layers=4),
+    Group("8b", "bf16", 16, (*FEW, Point(32768, 320), Point(8192, 4096), Point(16384, 1024, 1, 32)), True, 4),
     Group("qwen", "bf16", 64, FEW),
     Group("8b", "nf4", 64, (Point(4096, 320), Point(16384, 320, 1))),
     Group("8b", "nf4", 16, FEW, compiled=True, layers=4),

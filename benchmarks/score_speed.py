@@ -37,17 +37,18 @@ def veritune(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndar
     from veritune.model import load, precision, self_check
     from veritune.model.compiled import compile_layers
     from veritune.model.verdict import label_logits
-    from veritune.model.verifier import score_ids
+    from veritune.model.verifier import MICRO_BATCH_TOKENS, score_ids
     from veritune.tokens.trie import build, split
 
     device = load.pick_device("auto")
+    budget = o.tokens or MICRO_BATCH_TOKENS[device.type]
     settings = config.Model(path=o.model or o.shape, base=o.base)
     base = load.load_base(settings) if o.model else random_base(o.shape, device, o.base)
     print("paths:", self_check.check_paths(base, 2048) or "ok", flush=True)
     if o.base == "fp8":
         precision.to_fp8(base.model, train=False)
 
-    first = build([rows[i] for i in split(rows[:1024], o.tokens)[0]])
+    first = build([rows[i] for i in split(rows[:1024], budget)[0]])
 
     def centred() -> Any:
         with torch.inference_mode():
@@ -56,7 +57,7 @@ def veritune(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndar
 
     if device.type == "cuda" and not o.eager:
         print("compiled:", compile_layers(base.model, centred, "logits", precision=o.base) or "ok", flush=True)
-    return lambda them: score_ids(base.model, them, answers, device, o.tokens)
+    return lambda them: score_ids(base.model, them, answers, device, budget)
 
 
 def vllm(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndarray]) -> Score:
@@ -67,7 +68,7 @@ def vllm(o: argparse.Namespace, answers: tuple[int, int], rows: list[np.ndarray]
         options["logprobs_mode"] = "processed_logprobs"
     model = LLM(
         model=o.model, skip_tokenizer_init=True, dtype="bfloat16", gpu_memory_utilization=0.85,
-        max_model_len=max(map(len, rows)) + 1, enable_prefix_caching=True, max_num_batched_tokens=o.tokens,
+        max_model_len=max(map(len, rows)) + 1, enable_prefix_caching=True, max_num_batched_tokens=o.tokens or 16384,
         max_num_seqs=1024, **options,
     )  # fmt: skip
     words: dict[str, Any] = {"logprobs": 2, "allowed_token_ids": list(answers)} if o.scores else {}
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--model", help="a model folder in place of a shape")
     parser.add_argument("--base", default="bf16", choices=("bf16", "fp8", "fp32"))
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens computed at once")
+    parser.add_argument("--tokens", type=int, help="tokens computed at once; default: as veritune scores; vLLM: 16384")
     parser.add_argument("--batch", type=int, default=64, help="rows at once, of transformers")
     parser.add_argument("--window", type=int, default=1024, help="rows in a window")
     parser.add_argument("--eager", action="store_true", help="do not compile veritune's layers")

@@ -130,7 +130,7 @@ class Train:
     the GPU's memory asks for, none on a CPU; on: all; off: none."""
     micro_batch_tokens: Annotated[int | None, Field(ge=64, le=LARGEST)] = None
     """Tokens computed at once; memory grows with it, the result does not depend on it. Default: what is fastest in the
-    GPU's memory, at most 16384; 2048 on a CPU."""
+    GPU's memory, at most 32768; 2048 on a CPU."""
     memory_gib: Annotated[float | None, Field(ge=1)] = None
     """GPU memory that the run may take, GiB, what CUDA itself takes included; it is held to that. Default: what is free
     when it starts."""

@@ -15,8 +15,8 @@ from veritune.tokens.trie import build
 
 def made(**changes: Any) -> Any:
     base = load.Base(tiny("llama"), None, torch.device("cpu"), "fp32", "tiny")
-    model = adapter.add_adapter(base, config.Lora(rank=4, **changes), seed=0)
     self_check.use_paths(base.model)
+    model = adapter.add_adapter(base, config.Lora(rank=4, **changes), seed=0)
     load.set_training(model)
     return model
 
@@ -36,15 +36,19 @@ def sizes(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "layer"),
-    [({}, [3, 1, 2, 1]), ({"targets": ("q_proj", "v_proj")}, [1, 1]), ({"targets": ("gate_proj", "up_proj")}, [2])],
+    ("changes", "layer", "last"),
+    [
+        ({}, [3, 1, 2, 1], [1, 2, 1, 2, 1]),
+        ({"targets": ("q_proj", "v_proj")}, [1, 1], [1, 1]),
+        ({"targets": ("gate_proj", "up_proj")}, [2], [2]),
+    ],
     ids=str,
 )
 def test_q_k_and_v_are_one_call_and_so_are_gate_and_up(
-    changes: dict[str, Any], layer: list[int], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], layer: list[int], last: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = made(**changes)
-    assert sizes(model, monkeypatch) == layer * len(load.layers(model))
+    assert sizes(model, monkeypatch) == layer * (len(load.layers(model)) - 1) + last
 
 
 def test_another_input_is_computed_by_itself_and_an_error_leaves_nothing_behind() -> None:

@@ -207,7 +207,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> N
             def count(*_: Any, seen: list[int] = seen, number: int = number) -> None:
                 seen[number] += 1
 
-            layer.self_attn.register_forward_hook(count)
+            layer.input_layernorm.register_forward_hook(count)
         results.append(of_trie(model, rows, labels_of(rows)))
         calls.append(seen)
     assert calls == [[1, 1], [2, 1], [2, 2]]

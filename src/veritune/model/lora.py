@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from .head import WideHead
+from .narrow import NarrowLayer
 from .precision import Kind, frozen_parts, plus, plus_back, single_absmax
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -183,8 +184,11 @@ def speed_up(model: torch.nn.Module) -> None:
         elif type(module) is Linear4bit:
             module.__class__ = FastLinear4bit
             single_absmax(module.base_layer)  # pyright: ignore[reportArgumentType]
+    narrow = [module.self_attn for module in model.modules() if isinstance(module, NarrowLayer)]
     for module in model.modules():
         for names in TOGETHER:
+            if module in narrow and names[0] == "q_proj":  # its queries are those of other tokens
+                names = names[1:]
             layers: list[Any] = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, FAST) for layer in layers):
                 group = _Group(layers)

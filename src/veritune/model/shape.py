@@ -10,8 +10,8 @@ from ..errors import MissingError, ModelError, first_line
 from . import header
 
 NARROW = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose decoder layer is norm, attention, sum, norm, MLP, sum: the last one computes its MLP for the label
-rows alone, and the MLP is SwiGLU; see `narrow` and `swiglu`."""
+"""Model types whose decoder layer is norm, attention, sum, norm, MLP, sum: the last one computes its queries and
+its MLP for the label rows alone, and the MLP is SwiGLU; see `narrow` and `swiglu`."""
 MOST_RANK = 64
 """The highest rank of a `swiglu.FusedMLP`, measured at 16, 32 and 64: a program of its kernels keeps sums for each,
 three for every column, in registers, which do not hold many more."""

@@ -22,7 +22,7 @@ from . import adapter, load, self_check
 from .compiled import compile_layers, uncompiled
 from .verdict import Way, at_share, label_logits, p_correct, rowwise_logits
 
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 COMPILE_AFTER = 60.0
 """Seconds of scoring. On a GPU, compiling takes some 20."""
 
