@@ -3,8 +3,8 @@
     seconds = the larger of  products / rate + elementwise traffic / bandwidth + frozen weights read / bandwidth
                        and   what Python takes to start a layer's kernels
 
-All constants stand in the tables below. Those of compiled layers were fitted to steps of the 8B shape on an H100
-(docs/memory.md); the others are estimates.
+All constants stand in the tables below. Those of compiled layers were fitted to steps of the 8B shape on H100s and
+H200s (docs/memory.md); the others are estimates.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,11 @@ CARDS = {
 }
 """Cards by a part of the name that the driver gives them; rates and traffic from their makers' data sheets."""
 
-SHARE = {"plain": 0.65, "compiled": 0.68}
+SHARE = {"plain": 0.65, "compiled": 0.66}
 """Of a card's bf16 rate that a layer's products reach."""
-SMALL = 750
+SMALL = 1000
 """Tokens that every micro-batch takes as long as beside its own: products of few rows reach less of that rate."""
-GAIN = {"fp32": 0.125, "bf16": 1.0, "nf4": 1.0, "fp8": 1.38}
+GAIN = {"fp32": 0.125, "bf16": 1.0, "nf4": 1.0, "fp8": 1.42}
 """Products in a precision, as a multiple of the bf16 rate."""
 PASSES = {"plain": 6.0, "compiled": 4.4}
 """How often what autograd keeps of a layer crosses the memory bus in a forward and a backward pass."""
