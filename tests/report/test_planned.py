@@ -86,6 +86,8 @@ def test_the_speed_of_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--train.lrr", "3"], "did you mean '--train.lr'?"),
         (["--strategy.kind", "stream", "--strategy.cooldowns", "80"], "80 is not before the end"),
         (["--like", "nowhere"], "no such folder"),
+        (["--prompt.answers", "Yes", "Yes"], "prompt.answers = ('Yes', 'Yes'): the two words must differ"),
+        (["--prompt.instruction", "Check {x}."], "only {true} and {false} may stand in braces"),
     ],
 )
 def test_what_cannot_be_planned(

@@ -17,6 +17,7 @@ from ..errors import ConfigError, ModelError
 QUESTION, SOLUTION = "\u2045question\u2046", "\u2045solution\u2046"
 BODY = f"{{instruction}}\n\nQuestion:\n{QUESTION}\n\nSolution:\n{SOLUTION}"
 PLAIN_END = "\n\nAnswer:"
+DIFFER = "the two words must differ in their token"
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,26 @@ class Frame:
         raise ValueError("; ".join(wrong))
 
 
+def filled(prompt: Prompt) -> str:
+    """The instruction with the answer words in it. Raises ConfigError for what is wrong whatever the tokenizer: the
+    same word twice, or other braces."""
+    true, false = prompt.answers
+    if true == false:
+        raise ConfigError(f"prompt.answers = {prompt.answers}: {DIFFER}")
+    try:
+        return prompt.instruction.format(true=true, false=false)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"prompt.instruction: only {{true}} and {{false}} may stand in braces (double other braces): {error}"
+        ) from None
+
+
 def render(prompt: Prompt, tokenizer: Any) -> Frame:
     """Fixes the prompt for one tokenizer (a transformers fast tokenizer).
 
     Raises ConfigError if the template cannot hold a question and a solution, or if an answer word is not one token.
     """
-    true, false = prompt.answers
-    try:
-        instruction = prompt.instruction.format(true=true, false=false)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"prompt.instruction: only {{true}} and {{false}} may stand in braces (double other braces): {error}"
-        ) from None
+    instruction = filled(prompt)
     chat = bool(tokenizer.chat_template) if prompt.template == "auto" else prompt.template == "chat"
     if chat and not tokenizer.chat_template:
         raise ConfigError("prompt.template = 'chat': this tokenizer has no chat template; use 'plain' or 'auto'")
@@ -72,7 +81,7 @@ def render(prompt: Prompt, tokenizer: Any) -> Frame:
     middle, suffix = rest.split(SOLUTION)
     ids = tuple(_answer_id(word, suffix, tokenizer, leading_space=not chat) for word in prompt.answers)
     if ids[0] == ids[1]:
-        raise ConfigError(f"prompt.answers = {prompt.answers}: the two words must differ in their token")
+        raise ConfigError(f"prompt.answers = {prompt.answers}: {DIFFER}")
     return Frame(prefix, middle, suffix, prompt.answers, (ids[0], ids[1]), prompt.max_length)
 
 

@@ -14,6 +14,7 @@ from .. import config
 from ..data import dataset
 from ..errors import DataError
 from ..quality import metrics
+from ..tokens import prompt
 from ..tokens.trie import Trie, build, split
 from . import plan as plans
 from .slices import Slice, Table, divide
@@ -75,7 +76,9 @@ def labels_of(frame: pl.DataFrame) -> np.ndarray:
 
 
 def read(run: config.Run) -> Source:
-    """Reads a run's prepared data and makes its plan. Raises MissingError, DataError and ConfigError."""
+    """Reads a run's prepared data and makes its plan. Raises MissingError, DataError and ConfigError, the last also for
+    a prompt that no tokenizer takes."""
+    prompt.filled(run.prompt)
     data = dataset.load(Path(run.data.path))
     frame = trainable(data, run.data.rows, run)
     train, held = Rows.of(frame), Rows.of(data.validation)
