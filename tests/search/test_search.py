@@ -235,6 +235,9 @@ def test_the_model_is_loaded_once_and_the_same_command_goes_on(
     more, printed, _ = swept(values, trials=3)
     assert more[:2] == first
     assert len(more) == 3
+    fewer, printed, _ = swept(values, trials=1)
+    assert fewer == more
+    assert "going on after 3 of 3 trials; sweep.trials = 1 begins no other" in printed
     with pytest.raises(ConfigError, match=r"train.batch_size was 8, is 16"):
         swept({**values, "train": {"batch_size": 16}})
     with pytest.raises(ConfigError, match=r"space was"):

@@ -119,7 +119,9 @@ class Progress:
         self._told = news(known)
         self._warned: set[str] = set()
         if count := sum(trial.state.is_finished() for trial in known):
-            console.print(f"going on after {count} of {board.settings.trials} trials", highlight=False)
+            wanted = board.settings.trials
+            enough = f"; sweep.trials = {wanted:,} begins no other" if len(known) > wanted else ""
+            console.print(f"going on after {count:,} of {max(wanted, len(known)):,} trials{enough}", highlight=False)
 
     def look(self) -> None:
         """Call now and then. Raises ConfigError if the first trials have all failed alike."""
