@@ -29,11 +29,11 @@ from veritune.tokens.trie import Trie
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[list[str], list[str]]:
-    """Four questions with four solutions each, one row twice, an empty solution and one that is far too long."""
+    """Four questions with four solutions each, one row twice, a solution of one letter and one that is far too long."""
     made = generate(4, solutions_per_question=4, seed=8)
     questions, solutions = [row["question"] for row in made], [row["solution"] for row in made]
     questions += [questions[0], questions[1], questions[2]]
-    return questions, [*solutions, solutions[0], "", "so it goes on and on " * 400]
+    return questions, [*solutions, solutions[0], "4", "so it goes on and on " * 400]
 
 
 # Scores.
@@ -87,6 +87,10 @@ def test_score_of_one_question(verifier: Verifier, rows: tuple[list[str], list[s
         ([float("nan")], ["a"], r"questions\[0\] is not text: nan"),
         ([["q"]], ["a"], r"questions\[0\] is not text: \['q'\]"),
         (["q"] * 3, "abc", "solutions is one text, which would be taken letter by letter"),
+        (["q"] * 2, {"a": "x", "b": "y"}, "solutions is a dict, whose keys would be scored; give a list of texts"),
+        ({"q"}, ["a"], "questions is a set, which has no order; give a list of texts"),
+        (["q"] * 2, ["a", " \n"], r"solutions\[1\] is empty"),
+        ([""], ["a"], r"questions\[0\] is empty"),
         (["q"], ["a", "b"], "1 questions and 2 solutions"),
         (["q"], ["a\ud800b"], "not valid Unicode"),
     ],

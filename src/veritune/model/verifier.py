@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class Verifier:
         return Baseline(self)
 
     def score(self, question: str, solutions: Sequence[str]) -> np.ndarray:
-        """P(correct) of solutions of one question, float64 [solutions]."""
+        """P(correct) of solutions of one question, float64 [solutions]. Raises as `score_rows`."""
         return self.score_rows([question] * len(solutions), solutions)
 
     def score_rows(
@@ -151,8 +151,8 @@ class Verifier:
 
         A score does not depend on the rows beside it, but for rounding. On a GPU, who scores for a minute is taken to
         have more to score: layers are then compiled. If memory runs out, half as much is computed at once from then on.
-        Raises DataError for what are not two lists of texts, of one length, and torch's OutOfMemoryError where one row
-        alone is too much.
+        Raises DataError for what are not two lists of texts, of one length, and for an empty text, which `veritune
+        score` leaves without a score; torch's OutOfMemoryError where one row alone is too much.
         """
         _check_texts(questions, solutions)
         if len(questions) and self.pace.seconds > COMPILE_AFTER:
@@ -233,9 +233,14 @@ def _check_texts(questions: Sequence[str], solutions: Sequence[str]) -> None:
     for name, texts in (("questions", questions), ("solutions", solutions)):
         if isinstance(texts, str):
             raise DataError(f"{name} is one text, which would be taken letter by letter; give a list of texts")
+        if isinstance(texts, Mapping | Set):
+            why = "whose keys would be scored" if isinstance(texts, Mapping) else "which has no order"
+            raise DataError(f"{name} is a {type(texts).__name__}, {why}; give a list of texts")
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"{name}[{number}] is not text: {text!r:.80}")
+            if not text.strip():
+                raise DataError(f"{name}[{number}] is empty, so there is nothing to score; leave the row out")
     if len(questions) != len(solutions):
         raise DataError(f"there are {len(questions):,} questions and {len(solutions):,} solutions")
 
