@@ -172,6 +172,15 @@ def test_a_folder_of_other_things_is_named(tmp_path: Path) -> None:
         folder.read(tmp_path)
 
 
+def test_a_replica_is_told_the_run_in_its_newest_copy(fresh: Path, tmp_path: Path) -> None:
+    drive = tmp_path / "drive"
+    for step in (8, 12):
+        shutil.copytree(fresh, drive / f"step-{step:08d}" / "run")
+    (drive / "step-00000016").mkdir()  # under way: nothing of the run is in it yet
+    with pytest.raises(MissingError, match=rf"{drive}: a replica, .* {drive}/step-00000012/run$"):
+        folder.read(drive)
+
+
 def test_smoothing_starts_at_the_first_value_and_passes_over_nan() -> None:
     assert folder.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert folder.smooth([1.0, float("nan"), 1.0]) == pytest.approx([1.0, 1.0, 1.0])

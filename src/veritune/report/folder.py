@@ -154,6 +154,8 @@ class RunFolder:
 def read(path: Path) -> RunFolder:
     """Reads a run folder. Raises MissingError where there is none and DataError where it is damaged."""
     if not (path / RUN).is_file():
+        if copy := newest_copy(path):
+            raise MissingError(f"{path}: a replica, no run folder; name the run in its newest copy, {copy}")
         what = "no such folder" if not path.exists() else f"no run folder (it holds no {RUN})"
         raise MissingError(f"{path}: {what}; `veritune runs` lists the runs under a folder")
     try:
@@ -167,6 +169,12 @@ def read(path: Path) -> RunFolder:
     return run
 
 
+def newest_copy(replica: Path) -> Path | None:
+    """The run folder in a replica's newest copy that holds one; None: there is none, or this is no replica."""
+    runs = [path / "run" for _, path in checkpoints(replica)]
+    return next((path for path in reversed(runs) if (path / RUN).is_file()), None)
+
+
 def find(root: Path) -> list[Path]:
     """The run folders under `root` (itself, if it is one), by name; of a replica, the run in its newest copy.
     Hidden folders are not looked into."""
@@ -177,8 +185,8 @@ def find(root: Path) -> list[Path]:
         if RUN in files:
             found.append(Path(at))
             names.clear()
-        elif copies := [path / "run" for _, path in checkpoints(Path(at)) if (path / "run" / RUN).is_file()]:
-            found.append(copies[-1])
+        elif copy := newest_copy(Path(at)):
+            found.append(copy)
             names.clear()
         deep = len(Path(at).relative_to(root).parts) >= DEPTH
         names[:] = [] if deep else [name for name in names if not name.startswith(".")]
