@@ -132,6 +132,22 @@ def test_a_trial_is_the_run_that_train_makes_of_its_settings(
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize("number", ["0002", "0003"])
+def test_a_run_begun_by_hand_in_the_place_of_a_trial_is_refused(
+    whole: tuple[list[dict[str, Any]], str, Path], number: str, tmp_path: Path
+) -> None:
+    """One that ended would be trained anew over its metrics, and one to come would fail over what it finds."""
+    folder = tmp_path / "s"
+    shutil.copytree(whole[2], folder)
+    run = config.build(config.Run, json.loads((folder / "results.json").read_text())["run"], "test")
+    place, metrics = folder / "trials" / number, (folder / "trials/0002/metrics.jsonl").read_bytes()
+    by_hand = settings_of(run, config.Sweep(validations=1), {"train.lr": 5e-4}, 16, place)
+    with pytest.raises(ConfigError, match=rf"{place} is a trial's place in the sweep {folder}, .* another `out`"):
+        train(by_hand, Console(file=io.StringIO()))
+    assert (folder / "trials/0002/metrics.jsonl").read_bytes() == metrics
+    assert place.exists() == (number == "0002")
+
+
 def test_asha_trains_the_best_to_its_end_as_if_it_had_never_paused(
     whole: tuple[list[dict[str, Any]], str, Path], halved: tuple[list[dict[str, Any]], str, Path]
 ) -> None:

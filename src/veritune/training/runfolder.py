@@ -66,6 +66,16 @@ def start(
     write_json(folder / RUN, values)
 
 
+def outside_sweeps(folder: Path) -> None:
+    """Raises ConfigError for a trial's place in a sweep: a run there would take the place of what the trial left, or be
+    in the way of one to come."""
+    trials = folder.resolve().parent
+    if trials.name == "trials" and (trials.parent / "trials.jsonl").is_file():
+        raise ConfigError(
+            f"{folder} is a trial's place in the sweep {trials.parent}, which alone trains there: choose another `out`"
+        )
+
+
 def admit(folder: Path, values: dict[str, Any], same_so_far: Callable[[config.Run], bool]) -> None:
     """The check of `start` alone: nothing is written."""
     path = folder / RUN

@@ -55,6 +55,8 @@ def train(
     first and raises KeyboardInterrupt.
     """
     folder = Path(run.out)
+    if watch is None:
+        runfolder.outside_sweeps(folder)
     with session(run.session.hours) as stop, distributed.join(run.model.device) as world, ExitStack() as kept:
         stop.alone = world.size == 1
         kept.enter_context(deterministic(run.train.deterministic))
