@@ -147,9 +147,11 @@ def write_folder(folder: Path, *, family: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
-def write_gguf(file: Path, *, seed: int = 0, model: Any = None, scaling: str = "", factors: Any = None) -> Path:
+def write_gguf(
+    file: Path, *, seed: int = 0, model: Any = None, scaling: str = "", factors: Any = None, bias: str = ""
+) -> Path:
     """A GGUF of a random 2-layer Llama in Q4_0 and float32, with the byte-level tokenizer; or of a `model` of 2 layers,
-    as llama.cpp converts a Llama. scaling, factors: what it says of scaled positions."""
+    as llama.cpp converts a Llama. scaling, factors: what it says of scaled positions. bias: a tensor more, of ones."""
     import gguf
     import numpy as np
     from gguf import quants
@@ -181,6 +183,8 @@ def write_gguf(file: Path, *, seed: int = 0, model: Any = None, scaling: str = "
         out.add_string("llama.rope.scaling.type", scaling)
     if factors is not None:
         out.add_tensor("rope_freqs.weight", np.asarray(factors, dtype=np.float32))
+    if bias:
+        out.add_tensor(bias, np.ones(hidden, dtype=np.float32))
     rng = np.random.default_rng(seed)
     held = {}
     if model is not None:

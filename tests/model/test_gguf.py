@@ -177,6 +177,13 @@ def test_a_scaling_that_is_not_read_is_refused(tmp_path: Path, cache: Path, told
     assert folders(cache) == []
 
 
+def test_biases_that_the_model_has_no_place_for_are_refused(tmp_path: Path, cache: Path) -> None:
+    """transformers leaves them out of a Llama without a word: its configuration does not learn of them from a GGUF."""
+    with pytest.raises(ModelError, match=r"1 biases have no place .*, blk\.1\.attn_q\.bias for one.*hub id or folder"):
+        base_of(write_gguf(tmp_path / "a.gguf", bias="blk.1.attn_q.bias"))
+    assert folders(cache) == []
+
+
 def test_processes_at_once_make_one(tiny_gguf: Path, cache: Path) -> None:
     code = """
 import os, sys

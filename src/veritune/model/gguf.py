@@ -49,13 +49,20 @@ def cache_folder() -> Path | None:
 
 def read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """What transformers makes of a GGUF: the model on the CPU with transformers' report of its loading, and the
-    tokenizer. The model no longer says that it was quantised."""
+    tokenizer. The model no longer says that it was quantised.
+
+    Raises ValueError for biases that the model is made without, which transformers leaves out, beside what it raises.
+    """
     options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
     folder, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     if scaled := scaling(file, AutoConfig.from_pretrained(folder, gguf_file=name)):
         options["config"] = scaled
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options)
+    biases = [tensor for tensor in header.read(file)[1] if tensor.endswith(".bias")]
+    if biases and not any("bias" in weight for weight in loaded[0].state_dict()):
+        raise ValueError(f"{len(biases)} biases have no place in the model that its header tells of, {biases[0]} for "
+                         "one; name the model's hub id or folder instead")  # fmt: skip
     loaded[0].config.__dict__.pop("quantization_config", None)
     return loaded, tokenizer
 
