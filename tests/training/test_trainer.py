@@ -440,7 +440,7 @@ def test_a_run_starts_from_an_adapter(data: Path, tiny_folder: Path, uninterrupt
         lora={"rank": 64, "alpha": 16},
         train={"start_from": str(before), "seed": 5},
     )
-    trained(run)
+    assert "this adapter learnt to" not in trained(run)[1]
     rows = Rows.of(dataset.load(data).train)
     first = plans.make(run.train, rows.groups, rows.labels).rows(0)
     verifier = Verifier.load(before, device="cpu")
@@ -451,6 +451,14 @@ def test_a_run_starts_from_an_adapter(data: Path, tiny_folder: Path, uninterrupt
     assert losses(tmp_path / "run")[0] == pytest.approx(float(loss), rel=1e-5)
     with pytest.raises(ConfigError, match="rank 64 instead of 8"):
         trained(settings(tmp_path / "other", data, tiny_folder, train={"start_from": str(before)}))
+    words = {"prompt": {**vars(run.prompt), "answers": ["Yes", "No"]}, "lora": vars(run.lora), "train": vars(run.train)}
+    _, printed = trained(settings(tmp_path / "words", data, tiny_folder, **words))
+    assert f"'{before}': this adapter learnt to answer 'True' or 'False', not 'Yes' or 'No'" in printed
+    (plain := tmp_path / "plain").mkdir()  # PEFT's own, which does not tell
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(before / name, plain)
+    words["train"] = {**vars(run.train), "start_from": str(plain)}
+    assert "this adapter learnt to" not in trained(settings(tmp_path / "untold", data, tiny_folder, **words))[1]
 
 
 # It learns.

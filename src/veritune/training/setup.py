@@ -1,5 +1,6 @@
 """From a run's settings to what trains: data, plan, weights and adapter, checked against each other and made fast."""
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import config
+from ..errors import MissingError, ModelError
 from ..model import adapter, load, self_check, swiglu
 from ..model.compiled import compile_layers, gradients, plain_layers
 from ..model.graphs import launch_bound, own_stream, record
@@ -36,6 +38,8 @@ def prepare(
         console.print(slower, style="yellow", markup=False)
     start = run.train.start_from if not begun_from_nothing(run) else None
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
+    if start is not None and (told := other_words(start, words.answers)):
+        console.out(told, style="yellow", highlight=False)
     if problem := swiglu.problem(model):
         console.print(f"MLPs are computed layer by layer, which is slower: {problem}", style="yellow", markup=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -71,6 +75,19 @@ def prepare(
 def begun_from_nothing(run: config.Run) -> bool:
     """Whether train.start_from names an adapter that is not there (any more): a run that goes on does not need it."""
     return run.train.start_from is not None and not Path(run.train.start_from).expanduser().is_dir()
+
+
+def other_words(start: str, answers: tuple[str, str]) -> str | None:
+    """What to know of an adapter to start from that was trained with other answer words; None if it was not, or does
+    not tell, not being of veritune's making."""
+    with suppress(MissingError, ModelError):
+        before = adapter.read_about(start).frame.answers
+        if before != answers:
+            return (
+                f"train.start_from = {start!r}: this adapter learnt to answer {' or '.join(map(repr, before))}, not "
+                f"{' or '.join(map(repr, answers))} (prompt.answers), so it begins with having to learn its words anew"
+            )
+    return None
 
 
 def speed_up(state: Training, console: Console) -> None:
