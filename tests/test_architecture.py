@@ -62,3 +62,10 @@ def test_data_needs_no_torch(file: Path):
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
     }
     assert not roots & {"torch", "transformers", "peft", "bitsandbytes"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_no_family_of_transformers_is_imported(file: Path):
+    """What a family's own file holds changes from one version to the next; its modules are used as they are found."""
+    modules = {node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in modules if name.startswith("transformers.models")]

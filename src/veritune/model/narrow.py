@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.models.llama.modeling_llama import rotate_half
 
 from .attention import NAME, Paths
 from .shape import NARROW
@@ -67,18 +66,18 @@ def _attended(
 ) -> Tensor:
     """What a family's attention gives at `paths.ends`: x [1, T, hidden] -> [1, rows, hidden]. Queries of all other
     tokens are zero."""
-    ends, width = paths.ends, attention.head_dim
+    ends = paths.ends
     q, k, v = (
-        layer(of).unflatten(-1, (-1, width))
+        layer(of).unflatten(-1, (-1, attention.head_dim))
         for layer, of in ((attention.q_proj, x[:, ends]), (attention.k_proj, x), (attention.v_proj, x))
     )
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    cos, sin = (each[:, :, None] for each in position_embeddings)
-    q, k = q * cos[:, ends] + rotate_half(q) * sin[:, ends], k * cos + rotate_half(k) * sin
+    cos, sin = position_embeddings
+    q, k = _turned(q, cos[:, ends], sin[:, ends]), _turned(k, cos, sin)
     # Of rows that end at the same token one gives its query.
     first = ~(ends[:, None] == ends).tril(-1).any(1)
-    queries = q.new_zeros(x.shape[1], *q.shape[2:]).index_add(0, ends, q[0] * first[:, None, None])
+    queries = q.new_zeros(x.shape[1], *q.shape[2:]).index_add_(0, ends, q[0] * first[:, None, None])
     out, _ = AttentionInterface()[NAME](
         attention,
         queries[None].transpose(1, 2),
@@ -91,6 +90,13 @@ def _attended(
         **named,
     )
     return attention.o_proj(out[:, ends].flatten(2))
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [1, n, heads, d] at their positions, whose cosines and sines are [1, n, d], as all these families
+    turn them: Su et al. 2021, section 3.4.2, with the halves of a head as the coordinates of a pair."""
+    left, right = states.chunk(2, -1)
+    return states * cos[:, :, None] + torch.cat((-right, left), -1) * sin[:, :, None]
 
 
 @cache
