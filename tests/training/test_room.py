@@ -16,6 +16,7 @@ from veritune.data.generate import generate
 from veritune.errors import RoomError
 from veritune.model import verdict
 from veritune.model.shape import Shape
+from veritune.model.verifier import MICRO_BATCH_TOKENS
 from veritune.tokens.trie import build
 from veritune.training import fit, memory, trainer
 from veritune.training import room as rooms
@@ -90,6 +91,14 @@ def test_memory_that_runs_out_while_weights_change_is_not_tried_again(
     monkeypatch.setattr(torch.optim.AdamW, "step", fail)
     with pytest.raises(RoomError, match="step 1: memory ran out while weights were changed"):
         trained(run_of(tmp_path / "run", data, tiny_folder))
+
+
+def test_steps_that_are_not_foreseen_begin_with_fewer_tokens_than_scoring_which_keeps_nothing(
+    data: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    state = trainer.prepare(settings(tmp_path / "run", data, tiny_folder), Console(quiet=True))
+    assert (state.planned, state.budget) == (None, rooms.UNFORESEEN["cpu"])
+    assert rooms.UNFORESEEN["cuda"] < MICRO_BATCH_TOKENS["cuda"]
 
 
 @pytest.mark.parametrize(("room", "held"), [(10 * memory.GIB, "bf16"), (1.0, "nf4")], ids=["room", "none"])

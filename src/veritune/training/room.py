@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .feed import Micro
     from .state import Training
 
+UNFORESEEN = {"cpu": 2048, "cuda": 16384}
+"""Tokens computed at once where memory is not foreseen. Where it runs out, all layers are computed again before this is
+halved, so twice as many would cost more than they could gain."""
 PROBE_TOKENS = 2048
 """Tokens on which compiled layers are compared with plain ones, which take more memory."""
 

@@ -12,7 +12,6 @@ from ..errors import MissingError, ModelError
 from ..model import adapter, load, self_check, swiglu
 from ..model.compiled import compile_layers, gradients, plain_layers
 from ..model.graphs import launch_bound, own_stream, record
-from ..model.verifier import MICRO_BATCH_TOKENS
 from ..tokens import prompt
 from ..tokens.encode import encoder
 from . import distributed, room
@@ -51,7 +50,7 @@ def prepare(
         optimizer=optimizers.make(parameters, run.train),
         encoder=rows_encoder,
         way=base.ways[run.prompt.max_length],
-        budget=run.train.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.type],
+        budget=run.train.micro_batch_tokens or room.UNFORESEEN[base.device.type],
         about=adapter.About(
             words, base.path, base.precision, source.fingerprint, float(source.train.labels.mean()), base.weights
         ),
