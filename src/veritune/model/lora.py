@@ -176,7 +176,7 @@ FAST = FastLinear | FastLinear4bit
 
 def speed_up(model: torch.nn.Module) -> None:
     """Gives every plain LoRA linear of a PEFT model the faster forward, but one on a head of float32 results; and those
-    that take the same input, one for all."""
+    that take the same input, one for all: comes after `narrow`, by which the last layer's q takes another."""
     module: Any
     for module in model.modules():
         if type(module) is Linear and not isinstance(module.base_layer, WideHead):

@@ -17,7 +17,7 @@ from .verdict import Way, label_logits, rowwise_logits
 
 
 def use_paths(model: Any) -> None:
-    """Switches a model's attention to the one along trie paths, and its last layer to the label rows."""
+    """Switches a model's attention to the one along trie paths, and its layers to those of `narrow`."""
     model.set_attn_implementation(attention.NAME)
     narrow(model)
 
