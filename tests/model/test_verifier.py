@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from made_adapters import loaded, trained, values
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level, tiny, worked_text, write_folder
 from transformers import AutoModelForCausalLM
@@ -349,6 +349,20 @@ def test_an_adapter_on_a_tied_readout_is_not_merged(tmp_path: Path) -> None:
     path = trained(tmp_path / "tied", tmp_path / "adapter", targets=("q_proj", "lm_head"))
     with pytest.raises(ModelError, match="shares its weights with the embedding"):
         loaded(path, merge=True)
+
+
+@pytest.mark.parametrize(("family", "merged"), [("qwen2", True), ("llama", False)])
+def test_an_adapter_with_biases_is_merged_only_into_layers_that_have_them(
+    tmp_path: Path, family: str, merged: bool
+) -> None:
+    wanted = LoraConfig(target_modules=["q_proj"], lora_bias=True, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(tiny(family), wanted).save_pretrained(tmp_path)
+    base = load.Base(tiny(family), None, torch.device("cpu"), "fp32", family)
+    assert isinstance(adapter.load_adapter(base, tmp_path, merge=None), PeftModel) is not merged
+    if not merged:
+        adapter.remove(base)
+        with pytest.raises(ModelError, match="cannot be merged: it has biases"):
+            adapter.load_adapter(base, tmp_path, merge=True)
 
 
 # The share of correct solutions.

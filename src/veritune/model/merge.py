@@ -20,10 +20,13 @@ def unmergeable(model: Any) -> str | None:
             return "its base is held in 4 bits, and rounding to those would take most of it"
         if not isinstance(module, Linear):
             continue
-        weight: Any = module.get_base_layer().weight
+        layer: Any = module.get_base_layer()
+        weight: Any = layer.weight
         if weight is getattr(embedding, "weight", None):
             return "it is on a layer that shares its weights with the embedding"
         for name in module.active_adapters:
+            if module.lora_bias[name] and layer.bias is None:
+                return "it has biases on layers without any"
             update = module.get_delta_weight(name).float()
             change = (weight.float() + update).to(weight.dtype).float() - weight.float()
             along += float(torch.sum(change * update))
