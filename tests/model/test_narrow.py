@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny
+from transformers import AttentionInterface
 
 from veritune import config
 from veritune.model import adapter, load, self_check
-from veritune.model.narrow import is_narrow
-from veritune.model.shape import Shape
+from veritune.model.attention import NAME, path_attention
+from veritune.model.narrow import is_narrow, narrow
+from veritune.model.shape import NARROW, Shape
 from veritune.model.verdict import label_logits
 from veritune.tokens.trie import build
 
@@ -61,8 +63,30 @@ def test_sums_are_left_to_the_next_layer_only_where_no_gradient_is_asked_for(rec
     assert all(isinstance(each, torch.Tensor) for each in given)
     with torch.inference_mode():
         apart = label_logits(model, trie, base.device)
-    assert all(isinstance(each, tuple) for each in given[count:])
+    assert [all(bool(part.any()) for part in each) for each in given[count:]] == [False] + [True] * (count - 1)
     torch.testing.assert_close(apart, summed.detach())
+
+
+@pytest.mark.parametrize("family", NARROW)
+def test_the_last_layer_asks_of_attention_what_its_family_asks(family: str, request: pytest.FixtureRequest) -> None:
+    window = {} if family == "llama" else {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 1}
+    model = tiny(family, attention_dropout=0.5, **window)
+    last = load.layers(model)[-1].self_attn.train()
+    last.scaling = 0.3
+    asked: list[dict[str, Any]] = []
+
+    def attention(module: Any, *inputs: Any, **options: Any) -> Any:
+        asked.append({name: options.pop(name, None) for name in ("dropout", "scaling", "sliding_window")})
+        return path_attention(module, *inputs, **options)
+
+    request.addfinalizer(lambda: AttentionInterface.register(NAME, path_attention))
+    AttentionInterface.register(NAME, attention)
+    model.set_attn_implementation(NAME)
+    label_logits(model, build(rows()), torch.device("cpu"))
+    narrow(model)
+    label_logits(model, build(rows()), torch.device("cpu"))
+    count = len(load.layers(model))
+    assert asked[-1] == asked[count - 1] == {"dropout": 0.5, "scaling": 0.3, "sliding_window": 100 if window else None}
 
 
 def test_a_narrow_model_is_the_stock_one_without_paths() -> None:
