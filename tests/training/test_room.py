@@ -14,10 +14,10 @@ from torch import Tensor
 from veritune import config
 from veritune.data.generate import generate
 from veritune.errors import RoomError
-from veritune.model import verdict
+from veritune.model import verdict, verifier
 from veritune.model.shape import Shape
 from veritune.model.verifier import MICRO_BATCH_TOKENS
-from veritune.tokens.trie import build
+from veritune.tokens.trie import Trie, build
 from veritune.training import fit, memory, trainer
 from veritune.training import room as rooms
 from veritune.training import step as steps
@@ -80,6 +80,31 @@ def test_memory_for_less_than_a_row_ends_the_run_with_advice(
     with pytest.raises(RoomError, match=r"single row.*max_length"):
         trained(run_of(tmp_path / "run", data, tiny_folder))
     assert not metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize("least", [250, 10], ids=["for all at once", "for a row"])
+def test_a_validation_for_which_memory_does_not_suffice_is_computed_in_smaller_parts(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    """Beside recorded passes, which hold a step's memory, there may be little left."""
+    whole, _ = trained(run_of(tmp_path / "whole", data, tiny_folder))
+    computed: list[int] = []
+
+    def logits(model: Any, trie: Trie, device: torch.device) -> Tensor:
+        if trie.tokens > least:
+            raise torch.OutOfMemoryError("no memory for so many tokens")
+        computed.append(trie.tokens)
+        return verdict.label_logits(model, trie, device)
+
+    monkeypatch.setattr(verifier, "label_logits", logits)
+    run = run_of(tmp_path / "disturbed", data, tiny_folder)
+    if least == 10:
+        with pytest.raises(torch.OutOfMemoryError):
+            trained(run)
+        return
+    found, _ = trained(run)
+    assert computed
+    assert found["loss"] == pytest.approx(whole["loss"], rel=1e-4)
 
 
 def test_memory_that_runs_out_while_weights_change_is_not_tried_again(
