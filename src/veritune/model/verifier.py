@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,26 +167,12 @@ class Verifier:
     ) -> np.ndarray:
         rows, _ = self.encoder.rows(questions, solutions)
         answers = self.encoder.frame.answer_ids
-        longest = max(map(len, rows), default=0)
-        scored = told = 0
 
-        def tell(more: int) -> None:
-            nonlocal scored, told
-            scored += more
-            if progress and scored > told:  # after memory ran out, rows are scored again
-                progress(scored - told)
-            told = max(told, scored)
+        def fewer(tokens: int) -> None:
+            self.pace.halved += 1
+            self.warn(f"memory ran out; from here on {tokens:,} tokens are scored at once")
 
-        while True:
-            scored = 0
-            try:
-                return score_ids(self.model, rows, answers, self.device, self._tokens, self.way, tell)
-            except torch.OutOfMemoryError:
-                if self._tokens <= longest:
-                    raise
-                self.pace.halved += 1
-            # Outside the handler, which holds what had been computed.
-            self.warn(f"memory ran out; from here on {self._tokens:,} tokens are scored at once")
+        return score_ids(self.model, rows, answers, self.device, self._tokens, self.way, progress, fewer)
 
     @property
     def _tokens(self) -> int:
@@ -253,23 +239,48 @@ def score_ids(
     budget: int,
     way: Way = "paths",
     progress: Callable[[int], None] | None = None,
+    fewer: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """P(correct) of encoded rows (int32 [length] each), float64 [rows], `budget` tokens at a time."""
-    out = np.empty(len(rows))
+    """P(correct) of encoded rows (int32 [length] each), float64 [rows], `budget` tokens at a time.
+
+    If memory runs out, half as many for the rows that are left, which `fewer` is told. `progress` is told of newly
+    scored rows. Raises torch's OutOfMemoryError where one row alone is too much.
+    """
+    out, scored = np.empty(len(rows)), np.zeros(len(rows), dtype=bool)
+    while True:
+        left = np.flatnonzero(~scored)
+        try:
+            with torch.inference_mode():
+                for part, p in _parts(model, [rows[i] for i in left], answer_ids, device, budget, way):
+                    out[left[part]], scored[left[part]] = p, True
+                    if progress:
+                        progress(len(part))
+            return out
+        except torch.OutOfMemoryError:
+            if budget <= max(len(rows[i]) for i in left):
+                raise
+        # Outside the handler, which holds what had been computed.
+        budget //= 2
+        if fewer:
+            fewer(budget)
+
+
+def _parts(
+    model: Any, rows: list[np.ndarray], answer_ids: tuple[int, int], device: torch.device, budget: int, way: Way
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The numbers of some rows and their P(correct), part after part: a GPU is at the next one while a part's are read
+    and the one after that is built."""
     asked: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
-    with torch.inference_mode():
-        for part in split(rows, budget, sharing=way == "paths"):
-            chosen = [rows[i] for i in part]
-            if way == "paths":
-                scored = label_logits(model, build(chosen), device)
-            else:
-                scored = rowwise_logits(model, chosen, device, way)
-            asked.append((part, *_on_its_way(p_correct(scored, answer_ids))))
-            if len(asked) > 1:  # a GPU is at this batch while the last one's scores are read and the next is built
-                _take(*asked.pop(0), out, progress)
-        for done in asked:
-            _take(*done, out, progress)
-    return out
+    for part in split(rows, budget, sharing=way == "paths"):
+        chosen = [rows[i] for i in part]
+        if way == "paths":
+            logits = label_logits(model, build(chosen), device)
+        else:
+            logits = rowwise_logits(model, chosen, device, way)
+        asked.append((part, *_on_its_way(p_correct(logits, answer_ids))))
+        if len(asked) > 1:
+            yield _read(*asked.pop(0))
+    yield from (_read(*last) for last in asked)
 
 
 def _on_its_way(scores: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -282,15 +293,7 @@ def _on_its_way(scores: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return there, passed
 
 
-def _take(
-    part: list[int],
-    scores: Tensor,
-    passed: torch.cuda.Event | None,
-    out: np.ndarray,
-    progress: Callable[[int], None] | None,
-) -> None:
+def _read(part: list[int], scores: Tensor, passed: torch.cuda.Event | None) -> tuple[list[int], np.ndarray]:
     if passed is not None:
         passed.synchronize()
-    out[part] = scores.numpy()
-    if progress:
-        progress(len(part))
+    return part, scores.numpy()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ..model import load
 from ..model.compiled import uncompiled
@@ -100,19 +99,11 @@ def _scores(state: "Training", rows: Rows, stop: Session) -> np.ndarray:
     ids, _ = state.encoder.rows(rows.questions, rows.solutions)
     share = state.world.share(ids)
     mine, answers, device = [ids[i] for i in share], state.encoder.frame.answer_ids, state.base.device
-    budget, longest = state.budget, max(map(len, mine), default=0)
-    while True:
-        try:
-            with uncompiled(state.model):
-                scores = score_ids(state.model, mine, answers, device, budget, state.way, progress)
-            break
-        except Stop:
-            scores = None
-            break
-        except torch.OutOfMemoryError:  # a step fits, but recorded passes hold its memory beside this
-            if budget <= longest:
-                raise
-        budget //= 2
+    try:
+        with uncompiled(state.model):
+            scores = score_ids(state.model, mine, answers, device, state.budget, state.way, progress)
+    except Stop:
+        scores = None
     load.set_training(state.model, recomputed=state.recomputed)
     p = np.empty(len(ids))
     for numbers, found in state.world.gather((share, scores)):
