@@ -9,6 +9,7 @@ Put in place by changing an instance's class: names and parameters stay the fami
 `self_check.check_paths` compares the numbers with those of stock layers.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -119,5 +120,5 @@ def is_narrow(model: Any) -> bool:
     return bool(found) and isinstance(found[-1], NarrowLayer)
 
 
-def _layers(model: Any) -> list[Any]:
-    return list(getattr(model.get_decoder(), "layers", None) or ())
+def _layers(model: Any) -> Sequence[Any]:
+    return getattr(model.get_decoder(), "layers", None) or ()
