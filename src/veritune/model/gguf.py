@@ -61,8 +61,10 @@ def read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options)
     biases = [tensor for tensor in header.read(file)[1] if tensor.endswith(".bias")]
     if biases and not any("bias" in weight for weight in loaded[0].state_dict()):
-        raise ValueError(f"{len(biases)} biases have no place in the model that its header tells of, {biases[0]} for "
-                         "one; name the model's hub id or folder instead")  # fmt: skip
+        raise ValueError(
+            f"{len(biases)} biases have no place in the model that its header tells of, {biases[0]} for one; name the "
+            "model's hub id or folder instead"
+        )
     loaded[0].config.__dict__.pop("quantization_config", None)
     return loaded, tokenizer
 
