@@ -230,7 +230,7 @@ def outcome(
         try:
             go()
         except (NoneWholeError, OtherWayError) as error:  # an earlier worker's: a trial is short, nobody need mend it
-            console.print(f"{error}\nThis trial begins again.", style="yellow", markup=False)
+            console.out(f"{error}\nThis trial begins again.", style="yellow", highlight=False)
             shutil.rmtree(folder / "checkpoints")
             go()
     except Pruned as reason:

@@ -122,7 +122,7 @@ class Display:
         told = "" if left is None else f"; forgotten on average {left:+.3f}"
         text = f"after {found['phase']}, accuracy by slice: {', '.join(shown)}{told}"
         with unread(self._console):
-            self._console.print(text, highlight=False, markup=False)
+            self._console.out(text, highlight=False)
 
     def say(self, text: str) -> None:
         """A plain line above the bar."""

@@ -34,13 +34,13 @@ def prepare(
         rows_encoder = replace(encoder(words, base.tokenizer), known=base.ids)
         self_check.check_paths(base, run.prompt.max_length)
     if slower := self_check.slower(base, run.prompt.max_length):
-        console.print(slower, style="yellow", markup=False)
+        console.out(slower, style="yellow", highlight=False)
     start = run.train.start_from if not begun_from_nothing(run) else None
     model = adapter.add_adapter(base, run.lora, seed=run.train.seed, start_from=start)
     if start is not None and (told := other_words(start, words.answers)):
         console.out(told, style="yellow", highlight=False)
     if problem := swiglu.problem(model):
-        console.print(f"MLPs are computed layer by layer, which is slower: {problem}", style="yellow", markup=False)
+        console.out(f"MLPs are computed layer by layer, which is slower: {problem}", style="yellow", highlight=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     state = Training(
         run=run,
@@ -112,4 +112,4 @@ def speed_up(state: Training, console: Console) -> None:
         )  # fmt: skip
         slower = "steps are not recorded as CUDA graphs"
     if problem:
-        console.print(f"{slower}, which is slower: {problem}", style="yellow", markup=False)
+        console.out(f"{slower}, which is slower: {problem}", style="yellow", highlight=False)
