@@ -144,3 +144,27 @@ def test_an_nf4_base_is_held_unpacked_only_where_there_is_room(
     assert state.base.unpacked == (held == "bf16")  # who trains the next adapter on it plans with that
     assert any(isinstance(module, Linear4bit) for module in state.model.modules()) == (held == "nf4")
     assert torch.equal(verdict.label_logits(state.model, build(rows), state.base.device), before)
+
+
+@pytest.mark.parametrize(("spare", "smaller"), [(1.1, False), (0.3, True), (-0.8, None)], ids=["two", "less", "none"])
+def test_recorded_passes_leave_room_for_a_pass_of_another_size(
+    data: Path, tiny_folder: Path, tmp_path: Path, spare: float, smaller: bool | None
+) -> None:
+    state = trainer.prepare(settings(tmp_path / "run", data, tiny_folder), Console(quiet=True))
+    table, train = state.train, config.Train(gradient_checkpointing="off" if smaller is not None else "auto")
+    rows, _ = state.encoder.rows(table.questions[:8], table.solutions[:8])
+    shape, of = Shape.of(state.base.model.config.to_dict()), fit.mix([rows])
+    job = memory.Job("bf16", state.run.lora, train.optimizer, compiled=True)
+    whole = fit.choose(shape, job, train, of, memory.GIB)
+    once = whole.peak.kept + whole.peak.working
+    was = fit.choose(shape, job, train, of, whole.peak.total + spare * once)
+    state.planned = rooms.Planned(shape, job, of, was)
+    assert rooms.for_recording(state) == (smaller is not None)
+    now = state.planned.fit
+    assert now.room == was.room
+    if smaller is None:
+        assert now == was
+    else:
+        assert (now.budget < was.budget) == smaller
+        assert now.peak.total + now.peak.kept + now.peak.working <= was.room
+        assert state.budget == now.budget

@@ -100,6 +100,21 @@ def unpack(state: "Training") -> None:
         use(state, replace(was, job=replace(was.job, precision="bf16"), fit=found))
 
 
+def for_recording(state: "Training") -> bool:
+    """Makes room for recorded passes, by smaller micro-batches where memory is short; False: there is none. What they
+    keep and work with stays theirs, and a pass of another size is computed beside it before it is recorded."""
+    was = state.planned
+    if was is None:
+        return True
+    once = was.fit.peak.kept + was.fit.peak.working
+    room = (was.fit.room + was.fit.peak.total - once) / 2
+    settings = replace(state.run.train, gradient_checkpointing="off")
+    found = fit.choose(was.shape, was.job, settings, was.mix, room, was.fit.card)
+    if found.fits:
+        use(state, replace(was, fit=replace(found, room=was.fit.room)))
+    return found.fits
+
+
 def replan(state: "Training", **changes: Any) -> None:
     """Plans again for a job that is another than was thought."""
     was = state.planned

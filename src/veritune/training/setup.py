@@ -103,13 +103,20 @@ def speed_up(state: Training, console: Console) -> None:
     slower = "layers are not compiled"
     if problem:
         room.replan(state, compiled=False)
-    if problem is None and graphs and not state.recomputed:
-        answers, (_, (micro, *_), _) = state.encoder.frame.answer_ids, micro_batches(alone, 0)
-        assert micro.trie is not None, "only rows that share a beginning get here"
-        state.graphs, problem = record(
-            state.model, state.base.device, answers, micro.trie, micro.labels, lambda: micro_loss(state, micro),
-            precision=state.base.precision,
-        )  # fmt: skip
-        slower = "steps are not recorded as CUDA graphs"
+    elif graphs and not state.recomputed:
+        slower, problem = "steps are not recorded as CUDA graphs", _recorded(state, alone)
     if problem:
         console.out(f"{slower}, which is slower: {problem}", style="yellow", highlight=False)
+
+
+def _recorded(state: Training, alone: Training) -> str | None:
+    """Records passes of the run's first rows; why it cannot."""
+    if not room.for_recording(state):
+        return "memory does not suffice for them beside a pass of another size"
+    _, (micro, *_), _ = micro_batches(alone, 0, state.budget)
+    assert micro.trie is not None, "only rows that share a beginning get here"
+    state.graphs, problem = record(
+        state.model, state.base.device, state.encoder.frame.answer_ids, micro.trie, micro.labels,
+        lambda: micro_loss(state, micro), precision=state.base.precision,
+    )  # fmt: skip
+    return problem
