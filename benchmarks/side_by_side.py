@@ -62,7 +62,7 @@ GROUPS: dict[str, list[list[str]]] = {
     "small": [
         [*OURS, "--model", "{model}", "--examples", "64", "--steps", "8", "--graphs"],
         *[[*TRL, "--batch", str(batch), "--steps", "18"] for batch in (32, 16, 64)],
-        [*UNSLOTH, "--batch", "32", "--steps", "18"],
+        *[[*UNSLOTH, "--batch", str(batch), "--steps", "18"] for batch in (32, 64)],
     ],
     "losses": [
         ["train_speed.py", *FROM_ONE, "--examples", "16", "--steps", "6"],
