@@ -18,9 +18,10 @@ from veritune.model import verdict, verifier
 from veritune.model.shape import Shape
 from veritune.model.verifier import MICRO_BATCH_TOKENS
 from veritune.tokens.trie import Trie, build
-from veritune.training import fit, memory, trainer
+from veritune.training import fit, memory, setup, trainer
 from veritune.training import room as rooms
 from veritune.training import step as steps
+from veritune.training.state import Training
 
 
 @pytest.fixture(scope="module")
@@ -146,25 +147,50 @@ def test_an_nf4_base_is_held_unpacked_only_where_there_is_room(
     assert torch.equal(verdict.label_logits(state.model, build(rows), state.base.device), before)
 
 
-@pytest.mark.parametrize(("spare", "smaller"), [(1.1, False), (0.3, True), (-0.8, None)], ids=["two", "less", "none"])
-def test_recorded_passes_leave_room_for_a_pass_of_another_size(
-    data: Path, tiny_folder: Path, tmp_path: Path, spare: float, smaller: bool | None
-) -> None:
-    state = trainer.prepare(settings(tmp_path / "run", data, tiny_folder), Console(quiet=True))
-    table, train = state.train, config.Train(gradient_checkpointing="off" if smaller is not None else "auto")
+def with_room(data: Path, model: Path, out: Path, spare: float, *, recompute: bool = False) -> Training:
+    """A run of which 8 rows at once are planned, in so much more room than a pass needs: 1 is that of a second one."""
+    state = trainer.prepare(settings(out, data, model), Console(quiet=True))
+    table, train = state.train, config.Train(gradient_checkpointing="auto" if recompute else "off")
     rows, _ = state.encoder.rows(table.questions[:8], table.solutions[:8])
     shape, of = Shape.of(state.base.model.config.to_dict()), fit.mix([rows])
     job = memory.Job("bf16", state.run.lora, train.optimizer, compiled=True)
     whole = fit.choose(shape, job, train, of, memory.GIB)
-    once = whole.peak.kept + whole.peak.working
-    was = fit.choose(shape, job, train, of, whole.peak.total + spare * once)
-    state.planned = rooms.Planned(shape, job, of, was)
-    assert rooms.for_recording(state) == (smaller is not None)
+    room = whole.peak.total + spare * (whole.peak.kept + whole.peak.working)
+    rooms.use(state, rooms.Planned(shape, job, of, fit.choose(shape, job, train, of, room)))
+    return state
+
+
+@pytest.mark.parametrize(("spare", "smaller"), [(1.1, False), (0.3, True)], ids=["two", "less"])
+def test_recorded_passes_leave_room_for_a_pass_of_another_size(
+    data: Path, tiny_folder: Path, tmp_path: Path, spare: float, smaller: bool
+) -> None:
+    state = with_room(data, tiny_folder, tmp_path / "run", spare)
+    assert state.planned is not None
+    was = state.planned.fit
+    assert rooms.for_recording(state)
     now = state.planned.fit
     assert now.room == was.room
-    if smaller is None:
-        assert now == was
-    else:
-        assert (now.budget < was.budget) == smaller
-        assert now.peak.total + now.peak.kept + now.peak.working <= was.room
-        assert state.budget == now.budget
+    assert (now.budget < was.budget) == smaller
+    assert now.peak.total + now.peak.kept + now.peak.working <= was.room
+    assert state.budget == now.budget
+
+
+def test_what_is_not_recorded_is_computed_as_it_was_planned(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = with_room(data, tiny_folder, tmp_path / "little", -0.8, recompute=True)
+    before = little.planned, little.budget
+    assert "memory does not suffice" in str(setup._recorded(little, little))
+    assert (little.planned, little.budget) == before
+    less = with_room(data, tiny_folder, tmp_path / "less", 0.3)
+    before = less.planned, less.budget
+    budgets = []
+
+    def fails(*inputs: Any, **named: Any) -> tuple[None, str]:
+        budgets.append(less.budget)
+        return None, "recording failed"
+
+    monkeypatch.setattr(setup, "record", fails)
+    assert setup._recorded(less, less) == "recording failed"
+    assert budgets[0] < less.budget
+    assert (less.planned, less.budget) == before

@@ -111,6 +111,7 @@ def speed_up(state: Training, console: Console) -> None:
 
 def _recorded(state: Training, alone: Training) -> str | None:
     """Records passes of the run's first rows; why it cannot."""
+    before = state.planned
     if not room.for_recording(state):
         return "memory does not suffice for them beside a pass of another size"
     _, (micro, *_), _ = micro_batches(alone, 0, state.budget)
@@ -119,4 +120,6 @@ def _recorded(state: Training, alone: Training) -> str | None:
         state.model, state.base.device, state.encoder.frame.answer_ids, micro.trie, micro.labels,
         lambda: micro_loss(state, micro), precision=state.base.precision,
     )  # fmt: skip
+    if problem:
+        room.use(state, before)
     return problem
